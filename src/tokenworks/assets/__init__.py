@@ -1,0 +1,1 @@
+"""Model files on this machine: fetched, verified, opened. The impure room below the drivers."""

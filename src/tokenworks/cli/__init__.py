@@ -1,0 +1,1 @@
+"""The command line: parse, call, print. What is worth testing lives in the rooms below."""

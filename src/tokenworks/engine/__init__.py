@@ -1,0 +1,1 @@
+"""Modelled replicas in virtual time: what executes steps. Pure; time is an argument."""

@@ -1,0 +1,138 @@
+"""What all connections share: the engine, the limits, the keys, the figures."""
+
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import msgspec
+
+from tokenworks.gateway.engine import Engine
+from tokenworks.gateway.figures import Figures
+from tokenworks.gateway.keys import Keys
+from tokenworks.gateway.problem import Problem
+
+# Paths that need no key: they carry no request and tell nothing of others'.
+_OPEN_PATHS: Final = frozenset(
+    {b"/", b"/health", b"/favicon.svg", b"/static/chat.js", b"/static/chat.css"}
+)
+
+_JSON: Final = re.compile(rb"application/json\s*(?:;.*)?$", re.IGNORECASE | re.DOTALL)
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Bounds that keep one client from harming the others."""
+
+    body_bytes: int = 32 * 1024 * 1024
+    header_bytes: int = 64 * 1024
+    connections: int = 10_000
+    header_s: float = 15.0  # for a request's headers to arrive
+    body_s: float = 120.0  # for its body
+    idle_s: float = 75.0  # between two requests of a connection
+    reader_s: float = 300.0  # for a client that has stopped reading its answer
+    queue_s: float = 300.0  # for a request to wait for the engine
+    queue: int = 256  # requests that wait
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"limits.{name} must be above zero")
+
+
+class Gateway:
+    """The gateway's state, without its sockets. One event loop, one thread.
+
+    `keys` None: no key is asked for, and only requests to a loopback name are answered (`hosts`),
+    so that no web page can reach the gateway through a name of its own that resolves to us.
+    """
+
+    def __init__(
+        self, engine: Engine, limits: Limits, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.engine = engine
+        self.limits = limits
+        self.keys: Keys | None = None
+        self.hosts: frozenset[bytes] | None = None
+        self.now = now
+        self.figures = Figures(engine)
+        self._prefix = b"req_" + secrets.token_hex(6).encode() + b"_"
+        self._count = 0
+
+    def next_id(self) -> bytes:
+        """A request's id, unique over restarts."""
+        self._count += 1
+        return b"%b%x" % (self._prefix, self._count)
+
+    def check_head(
+        self, path: bytes, headers: Mapping[bytes, bytes], size: int, *, is_hot: bool
+    ) -> Problem | None:
+        """Why a request with these headers (`size` bytes of them) is not taken, if it isn't."""
+        if size > self.limits.header_bytes:
+            return self.large_headers()
+        if not path.startswith(b"/") or not path.isascii():
+            return Problem(400, "The request's address is malformed.", code="invalid_url")
+        problem = self._check_caller(path, headers)
+        if problem is None and is_hot:
+            problem = self._check_content(headers)
+        return problem
+
+    def _check_caller(self, path: bytes, headers: Mapping[bytes, bytes]) -> Problem | None:
+        """Why the client may not come in at all."""
+        if self.keys is not None:
+            if path not in _OPEN_PATHS:
+                return self.keys.check(headers.get(b"authorization", b""))
+        elif self.hosts is not None:
+            host = headers.get(b"host", b"localhost").lower()
+            name = host if host.endswith(b"]") else host.partition(b":")[0]
+            if host.startswith(b"[") and not host.endswith(b"]"):
+                name = host.rpartition(b":")[0]
+            if name not in self.hosts:
+                return Problem(
+                    403,
+                    "This gateway answers to loopback names only (localhost, 127.0.0.1). To serve "
+                    "other names, listen on an address with --host and make a key with "
+                    "`tokenworks keys add`.",
+                    code="unknown_host",
+                )
+        return None
+
+    def _check_content(self, headers: Mapping[bytes, bytes]) -> Problem | None:
+        """Why the body that `headers` announce can't be taken."""
+        kind = headers.get(b"content-type", b"")
+        if kind != b"application/json" and not _JSON.match(kind):
+            return Problem(
+                415,
+                "Send the request as JSON, with the header `content-type: application/json`.",
+                code="unsupported_media_type",
+            )
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            return Problem(415, "Send the body uncompressed.", code="unsupported_content_encoding")
+        length = headers.get(b"content-length", b"0")
+        if int(length) > self.limits.body_bytes:
+            return self.too_large()
+        return None
+
+    def large_headers(self) -> Problem:
+        """The problem of headers above the limit."""
+        limit = f"The headers are larger than {self.limits.header_bytes} bytes."
+        return Problem(431, limit, code="headers_too_large")
+
+    def too_large(self) -> Problem:
+        """The problem of a body above the limit."""
+        return Problem(
+            413,
+            f"The body is larger than {self.limits.body_bytes} bytes, the gateway's limit.",
+            code="body_too_large",
+        )
+
+    def check_model(self, name: str) -> None:
+        """Raise Problem (404) where no engine serves the model; any name goes if none is known."""
+        models = self.engine.models
+        if models and name not in models:
+            raise Problem(
+                404,
+                f"The model {name!r} does not exist here. There is: {', '.join(models)}.",
+                param="model",
+                code="model_not_found",
+            )

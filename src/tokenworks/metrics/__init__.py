@@ -1,0 +1,1 @@
+"""From outcomes to the measures of a run. Pure."""

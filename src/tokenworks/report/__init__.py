@@ -1,0 +1,1 @@
+"""Answers as pages: tables and charts in one HTML file that needs no network."""

@@ -1,0 +1,1 @@
+"""Who runs where, when, and on what promise. Pure: time is an argument, commands come back."""

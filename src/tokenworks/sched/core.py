@@ -1,0 +1,581 @@
+"""The scheduler: requests onto replicas. It touches nothing and knows no clock.
+
+`handle` takes an event and says what to do; `next_wakeup_ns` says when to call it with None. It
+sees what could be seen in life, and never how long an answer will be. Steps inside a replica are
+the engine's business.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from tokenworks.sched.config import CLASSES, ClassRules, Rules
+from tokenworks.sched.job import Job, Stage
+from tokenworks.sched.messages import (
+    Abort,
+    Accept,
+    Arrived,
+    Cancelled,
+    Command,
+    Dispatch,
+    Event,
+    Finished,
+    FirstToken,
+    Log,
+    PowerCapChanged,
+    Progress,
+    Promise,
+    Refused,
+    Reject,
+    ReplicaDown,
+    ReplicaUp,
+    ServiceClass,
+    Stopped,
+)  # fmt: skip
+from tokenworks.sched.power import Power
+from tokenworks.sched.prefixes import PrefixIndex
+from tokenworks.sched.promise import Calibrator, Mean
+from tokenworks.sched.replica import Replica, Spec
+from tokenworks.sched.share import FairQueue
+from tokenworks.units import NS_PER_S
+
+_TICK_NS: Final = NS_PER_S
+_PRIORITY: Final[dict[ServiceClass, int]] = {"realtime": 0, "standard": 1, "flex": 2, "batch": 3}
+_YIELDS: Final = ("flex", "batch")  # give way to the others
+_EXPECTED_TOKENS: Final = 256.0  # of an answer, before any was seen
+_LEAST_RETRY_NS: Final = NS_PER_S // 10
+
+
+class Offer:
+    """What a replica could do for a request."""
+
+    __slots__ = (
+        "cost",
+        "read_j",
+        "replica",
+        "token_j",
+        "tokens",
+        "tpot_ns",
+        "tpot_prior_ns",
+        "ttft_ns",
+        "ttft_prior_ns",
+    )  # fmt: skip
+
+    def __init__(self, replica: Replica, tokens: int) -> None:
+        self.replica, self.tokens = replica, tokens
+        self.cost = self.read_j = self.token_j = 0.0
+        self.ttft_ns = self.tpot_ns = self.ttft_prior_ns = self.tpot_prior_ns = 0.0
+
+
+class Scheduler:
+    """One fleet under `rules`. The promise-keeping policy; `baseline.Baseline` has the others."""
+
+    def __init__(self, specs: Sequence[Spec], rules: Rules) -> None:
+        rules.check()
+        self.rules = rules
+        self.replicas = [Replica(index, spec) for index, spec in enumerate(specs)]
+        self.power = Power(self.replicas, rules.cap_w)
+        self.jobs: dict[int, Job] = {}
+        weights = {name: tenant.weight for name, tenant in rules.tenants.items()}
+        self._queues: dict[ServiceClass, FairQueue] = {name: FairQueue(weights) for name in CLASSES}
+        self._classes = {name: rules.classes.get(name, ClassRules()) for name in CLASSES}
+        self._prefixes: PrefixIndex | None = None
+        confidence = rules.policy.confidence
+        pools = {spec.pool for spec in specs}
+        self._ttft = {(p, q): Calibrator(confidence) for p in pools for q in (False, True)}
+        self._tpot = {pool: Calibrator(confidence) for pool in pools}
+        self._outputs = {name: Mean(_EXPECTED_TOKENS) for name in CLASSES}
+        self._gaps = {name: Mean(NS_PER_S / 10) for name in CLASSES}  # between leaving the queue
+        self._left_ns = dict.fromkeys(CLASSES, -1)
+        self._guard_ns = self._guard()
+        self._out: list[Command] = []
+        self._tick_ns = 0
+        self._handlers: dict[type, Callable[[Any, int], None]] = {
+            Arrived: self._arrived,
+            FirstToken: self._first_token,
+            Finished: self._finished,
+            Stopped: self._stopped,
+            Refused: self._refused,
+            Cancelled: self._cancelled,
+            Progress: self._progress,
+            ReplicaUp: self._replica_up,
+            ReplicaDown: self._replica_down,
+            PowerCapChanged: self._power_cap_changed,
+        }
+
+    def _guard(self) -> float | None:
+        """The time per token that work of lower classes must leave to the tightest class."""
+        bounds = [c.tpot_ns for c in self.rules.classes.values() if c.tpot_ns is not None]
+        return min(bounds) * self.rules.policy.guard_fraction if bounds else None
+
+    # The contract
+
+    def handle(self, event: Event | None, now_ns: int) -> list[Command]:
+        """What to do now that `event` happened; None: it is the time it asked to be woken."""
+        if event is None:
+            self._wake(now_ns)
+        else:
+            self._handlers[type(event)](event, now_ns)
+        out, self._out = self._out, []
+        return out
+
+    def next_wakeup_ns(self) -> int | None:
+        """When it wants to be called with None, if nothing happens before."""
+        return self._tick_ns + _TICK_NS if self.jobs else None
+
+    # Requests come
+
+    def _arrived(self, event: Arrived, now_ns: int) -> None:
+        name = event.service_class
+        expected = self._outputs[name].value
+        tokens = int(expected if event.max_tokens is None else min(expected, event.max_tokens))
+        job = Job(event, now_ns, max(tokens, 1))
+        rules = self._classes[name]
+        if job.ttft_bound_ns is None:
+            job.ttft_bound_ns = rules.ttft_ns
+        if job.tpot_bound_ns is None:
+            job.tpot_bound_ns = rules.tpot_ns
+        if not self.jobs:
+            self._tick_ns = now_ns
+        self.jobs[event.id] = job
+        if not any(replica.can_hold(job) for replica in self.replicas):
+            self._reject(job, 400, "prompt_too_long", None)
+        elif name == "realtime":
+            self._admit_realtime(job, now_ns)
+        elif self._is_behind(name) or not self._place(job, now_ns):
+            self._admit_queued(job, now_ns)
+
+    def _is_behind(self, name: ServiceClass) -> bool:
+        """Whether somebody as urgent waits already."""
+        return any(self._queues[each] for each in CLASSES[: CLASSES.index(name) + 1])
+
+    def _admit_realtime(self, job: Job, now_ns: int) -> None:
+        offers = self._offers(job, now_ns)
+        keeping = [offer for offer in offers if self._keeps(job, offer)]
+        if keeping:
+            self._dispatch(job, min(keeping, key=lambda offer: offer.cost), now_ns)
+            return
+        offer = self._by_yielding(job, now_ns)
+        if offer is not None:
+            self._dispatch(job, offer, now_ns)
+            return
+        if not offers:
+            retry_ns = self._seat_in_ns(now_ns)
+            self._reject(job, 429, "no_room", retry_ns)
+            return
+        late = [offer for offer in offers if offer.ttft_ns > (job.ttft_bound_ns or offer.ttft_ns)]
+        if len(late) == len(offers):
+            retry_ns = min(int(offer.ttft_ns) for offer in offers) - (job.ttft_bound_ns or 0)
+            self._reject(job, 429, "ttft_bound", retry_ns)
+        else:
+            self._reject(job, 429, "tpot_bound", self._seat_in_ns(now_ns))
+
+    def _admit_queued(self, job: Job, now_ns: int) -> None:
+        """Let it wait if the wait is short enough."""
+        name = job.arrived.service_class
+        if name == "flex":
+            self._reject(job, 498, "flex_full", self._seat_in_ns(now_ns))
+            return
+        queue = self._queues[name]
+        wait_ns = (len(queue) + 1) * self._gaps[name].value
+        if wait_ns > self._classes[name].wait_ns:
+            over_ns = int(wait_ns) - self._classes[name].wait_ns
+            self._reject(job, 429, "queue_wait", over_ns)
+            return
+        if name != "batch":
+            self._promise_queued(job, wait_ns, now_ns)
+        self._accept(job)
+        self._enqueue(job, now_ns)
+
+    def _promise_queued(self, job: Job, wait_ns: float, now_ns: int) -> None:
+        """A promise by the replica that would do best once there is room on it."""
+        best: tuple[float, Replica] | None = None
+        for replica in self.replicas:
+            if replica.state in ("up", "trial"):
+                ttft_ns = replica.ttft_ns(job.read_tokens, now_ns) * replica.ttft_drift.factor
+                if best is None or ttft_ns < best[0]:
+                    best = (ttft_ns, replica)
+        if best is None:
+            return
+        ttft_ns, replica = best
+        pool = replica.spec.pool
+        job.was_queued = True
+        job.forecast_ttft_ns = wait_ns + ttft_ns
+        job.prior_ttft_ns = 0.0
+        # As full as it gets: the place it will have was somebody's.
+        job.prior_tpot_ns = replica.tpot_ns(job.context, now_ns, without=1)
+        job.forecast_tpot_ns = job.prior_tpot_ns * replica.tpot_drift.factor
+        job.promised_by = replica.index
+        read_j, token_j = replica.joules(job, job.read_tokens)
+        job.promise = Promise(
+            int(job.forecast_ttft_ns * self._ttft[pool, True].factor),
+            int(job.forecast_tpot_ns * self._tpot[pool].factor),
+            self.rules.policy.confidence,
+            read_j,
+            token_j,
+        )
+
+    def _enqueue(self, job: Job, now_ns: int, *, in_front: bool = False) -> None:
+        job.enter(Stage.QUEUED)
+        job.queued_ns = now_ns
+        name = job.arrived.service_class
+        if not self._queues[name]:
+            self._left_ns[name] = now_ns
+        self._queues[name].push(job.arrived.id, job.arrived.tenant, in_front=in_front)
+
+    # Where
+
+    def _offers(self, job: Job, now_ns: int) -> list[Offer]:
+        """What each replica with room could do."""
+        prefix = job.arrived.prefix
+        hits = self._hits(job) if prefix else {}
+        offers = []
+        idle: set[str] = set()  # pools of which one replica without work was asked: all are alike
+        for replica in self.replicas:
+            if not replica.jobs:
+                if replica.spec.pool in idle and replica.index not in hits:
+                    continue
+                idle.add(replica.spec.pool)
+            if replica.has_room(job) and self.power.allows(replica):
+                offers.append(self.offer(job, replica, hits.get(replica.index, 0), now_ns))
+        return offers
+
+    def _hits(self, job: Job) -> dict[int, int]:
+        """Tokens of its prompt that each replica probably has."""
+        if self._prefixes is None:
+            size = job.arrived.prefix_block_tokens
+            self._prefixes = PrefixIndex([r.spec.kv_tokens // size for r in self.replicas])
+        hits = self._prefixes.hits(job.arrived.prefix)
+        size = job.arrived.prefix_block_tokens
+        return {replica: blocks * size for replica, blocks in hits.items()}
+
+    def offer(self, job: Job, replica: Replica, hit: int, now_ns: int) -> Offer:
+        """What a replica could do for a request of which it has `hit` tokens in its cache."""
+        pool = replica.spec.pool
+        tokens = max(job.read_tokens - hit, 1)
+        offer = Offer(replica, tokens)
+        offer.ttft_prior_ns = replica.ttft_ns(tokens, now_ns)
+        offer.tpot_prior_ns = replica.tpot_ns(job.context, now_ns)
+        ttft_ns = offer.ttft_prior_ns * replica.ttft_drift.factor
+        tpot_ns = offer.tpot_prior_ns * replica.tpot_drift.factor
+        offer.ttft_ns = ttft_ns * self._ttft[pool, False].factor
+        offer.tpot_ns = tpot_ns * self._tpot[pool].factor
+        offer.read_j, offer.token_j = replica.joules(job, tokens)
+        route = self.rules.policy.route
+        if route == "energy":
+            offer.cost = offer.read_j + job.output_tokens * offer.token_j
+        elif route == "cost":
+            # The share of a replica's time that it takes, at the replica's price.
+            others = len(replica.jobs) + 1
+            busy_ns = job.output_tokens * tpot_ns / others + replica.forecast.alone(tokens)[0]
+            offer.cost = (replica.spec.usd_per_s or 0.0) * busy_ns
+        else:
+            offer.cost = ttft_ns + job.output_tokens * tpot_ns
+        return offer
+
+    def _keeps(self, job: Job, offer: Offer) -> bool:
+        """Whether the promise meets its bounds, and leaves others theirs."""
+        if job.ttft_bound_ns is not None and offer.ttft_ns > job.ttft_bound_ns:
+            return False
+        return job.tpot_bound_ns is None or offer.tpot_ns <= job.tpot_bound_ns
+
+    def _place(self, job: Job, now_ns: int) -> bool:
+        """Dispatch a request that is not realtime, if that leaves the guarded bound to others."""
+        offers = self._offers(job, now_ns)
+        guard_ns = self._guard_ns
+        fitting = [
+            offer
+            for offer in offers
+            if guard_ns is None
+            or not offer.replica.jobs
+            or offer.tpot_prior_ns * offer.replica.tpot_drift.factor <= guard_ns
+        ]
+        if not fitting:
+            return False
+        keeping = [offer for offer in fitting if self._keeps(job, offer)]
+        self._dispatch(job, min(keeping or fitting, key=lambda offer: offer.cost), now_ns)
+        return True
+
+    def _by_yielding(self, job: Job, now_ns: int) -> Offer | None:
+        """Make room by taking flex and batch work off a replica, as much as it needs."""
+        hits = self._hits(job) if job.arrived.prefix else {}
+        for replica in sorted(self.replicas, key=lambda r: len(r.jobs)):
+            if replica.state != "up":
+                continue
+            yielding = [
+                other
+                for other in replica.jobs.values()
+                if other.arrived.service_class == "batch"
+                or (other.arrived.service_class == "flex" and other.stage is Stage.READING)
+            ]
+            if not yielding:
+                continue
+            # The youngest first: they lose least. Half of them, then all.
+            yielding.reverse()
+            for count in {max(len(yielding) // 2, 1), len(yielding)}:
+                gone = yielding[:count]
+                for other in gone:
+                    replica.remove(other, now_ns)
+                fits = replica.has_room(job) and self.power.allows(replica)
+                offer = self.offer(job, replica, hits.get(replica.index, 0), now_ns)
+                if fits and self._keeps(job, offer):
+                    for other in gone:
+                        self._stop(other)
+                    return offer
+                for other in gone:
+                    replica.add(other, 1, now_ns)
+                    if other.stage is Stage.WRITING:
+                        replica.read(other, now_ns)
+        return None
+
+    def _stop(self, job: Job) -> None:
+        job.enter(Stage.STOPPING)
+        self._out.append(Abort(job.arrived.id, job.replica))
+
+    def _dispatch(self, job: Job, offer: Offer, now_ns: int) -> None:
+        replica = offer.replica
+        if not job.accepted:
+            job.forecast_ttft_ns = offer.ttft_prior_ns * replica.ttft_drift.factor
+            job.forecast_tpot_ns = offer.tpot_prior_ns * replica.tpot_drift.factor
+            job.prior_ttft_ns, job.prior_tpot_ns = offer.ttft_prior_ns, offer.tpot_prior_ns
+            job.promised_by = replica.index
+            if job.arrived.service_class != "batch":
+                job.promise = Promise(
+                    int(offer.ttft_ns),
+                    int(offer.tpot_ns),
+                    self.rules.policy.confidence,
+                    offer.read_j,
+                    offer.token_j,
+                )
+            self._accept(job)
+        job.enter(Stage.READING)
+        job.sent_ns = now_ns
+        job.replica = replica.index
+        replica.add(job, offer.tokens, now_ns)
+        if job.arrived.prefix and self._prefixes is not None:
+            self._prefixes.sent(replica.index, job.arrived.prefix)
+        name = job.arrived.service_class
+        self._queues[name].charge(job.arrived.tenant, job.read_tokens + job.output_tokens)
+        self._out.append(Dispatch(job.arrived.id, replica.index, _PRIORITY[name]))
+
+    # Answers
+
+    def _accept(self, job: Job) -> None:
+        job.accepted = True
+        self._out.append(Accept(job.arrived.id, job.promise))
+
+    def _reject(self, job: Job, status: int, reason: str, retry_ns: int | None) -> None:
+        job.enter(Stage.DONE)
+        del self.jobs[job.arrived.id]
+        if retry_ns is not None:
+            retry_ns = max(retry_ns, _LEAST_RETRY_NS)
+        self._out.append(Reject(job.arrived.id, status, reason, retry_ns))
+
+    def _seat_in_ns(self, now_ns: int) -> int:
+        """When somebody will probably have left: a mean answer's time over all that are at work."""
+        working = [r for r in self.replicas if r.jobs and r.state in ("up", "trial")]
+        if not working:
+            return _TICK_NS
+        times = []
+        for replica in working:
+            tpot_ns = replica.tpot_ns(0.0, now_ns) * replica.tpot_drift.factor
+            tokens = sum(job.output_tokens for job in replica.jobs.values()) / len(replica.jobs)
+            times.append(tpot_ns * tokens / len(replica.jobs))
+        return int(min(times))
+
+    # What replicas tell
+
+    def _at(self, ident: int, index: int, now_ns: int) -> Job | None:
+        """The request, if it is still where the replica says; the replica is alive."""
+        self.replicas[index].heard_ns = now_ns
+        job = self.jobs.get(ident)
+        return job if job is not None and job.replica == index else None
+
+    def _first_token(self, event: FirstToken, now_ns: int) -> None:
+        job = self._at(event.id, event.replica, now_ns)
+        if job is None or job.stage is not Stage.READING:
+            return
+        job.enter(Stage.WRITING)
+        replica = self.replicas[event.replica]
+        replica.read(job, now_ns)
+        job.written_ns = now_ns
+        if job.prior_ttft_ns:
+            replica.ttft_drift.learn(job.prior_ttft_ns, now_ns - job.arrived_ns)
+        if job.promise is not None and not job.done_tokens:
+            pool = self.replicas[job.promised_by].spec.pool
+            self._ttft[pool, job.was_queued].learn(
+                job.forecast_ttft_ns, job.promise.ttft_ns, now_ns - job.arrived_ns
+            )
+        self._let_in(replica)
+
+    def _finished(self, event: Finished, now_ns: int) -> None:
+        job = self._at(event.id, event.replica, now_ns)
+        if job is None:
+            return
+        replica = self.replicas[event.replica]
+        was_stopping = job.stage is Stage.STOPPING
+        job.enter(Stage.DONE)
+        replica.remove(job, now_ns)
+        del self.jobs[event.id]
+        name = job.arrived.service_class
+        self._outputs[name].learn(event.output_tokens)
+        said = event.output_tokens - 1 - job.done_tokens
+        if said > 0 and job.written_ns >= 0 and not was_stopping and not job.done_tokens:
+            tpot_ns = (now_ns - job.written_ns) / said
+            replica.tpot_drift.learn(job.prior_tpot_ns, tpot_ns)
+            if job.promise is not None:
+                pool = self.replicas[job.promised_by].spec.pool
+                self._tpot[pool].learn(job.forecast_tpot_ns, job.promise.tpot_ns, tpot_ns)
+        self._pump(now_ns)
+
+    def _stopped(self, event: Stopped, now_ns: int) -> None:
+        job = self.jobs.get(event.id)
+        if job is None or job.replica != event.replica:
+            return
+        self.replicas[event.replica].remove(job, now_ns)
+        job.replica = -1
+        job.written_ns = -1
+        job.done_tokens = event.done_tokens
+        job.prior_ttft_ns = 0.0
+        job.read_tokens = job.arrived.prompt_tokens + event.done_tokens
+        if job.arrived.service_class == "flex" and not event.lost:
+            job.enter(Stage.QUEUED)
+            self._reject(job, 498, "flex_yielded", self._seat_in_ns(now_ns))
+            return
+        self._enqueue(job, now_ns, in_front=True)
+        self._pump(now_ns)
+
+    def _refused(self, event: Refused, now_ns: int) -> None:
+        job = self._at(event.id, event.replica, now_ns)
+        if job is None:
+            return
+        replica = self.replicas[event.replica]
+        replica.remove(job, now_ns)
+        job.replica = -1
+        job.avoided |= {replica.spec.pool}
+        if any(other.can_hold(job) for other in self.replicas):
+            self._enqueue(job, now_ns, in_front=True)
+        else:
+            self._reject(job, 400, event.reason, None)
+        self._pump(now_ns)
+
+    def _cancelled(self, event: Cancelled, now_ns: int) -> None:
+        job = self.jobs.pop(event.id, None)
+        if job is None:
+            return
+        if job.stage is Stage.QUEUED:
+            self._queues[job.arrived.service_class].remove(event.id)
+        elif job.replica >= 0:
+            self.replicas[job.replica].remove(job, now_ns)
+            if job.stage is not Stage.STOPPING:
+                self._out.append(Abort(event.id, job.replica))
+        job.enter(Stage.DONE)
+        self._pump(now_ns)
+
+    def _progress(self, event: Progress, now_ns: int) -> None:
+        if event.tokens or not self.replicas[event.replica].jobs:
+            self.replicas[event.replica].heard_ns = now_ns
+
+    # Who waits goes on
+
+    def _pump(self, now_ns: int) -> None:
+        """Dispatch from the queues while there is room: the more urgent class first."""
+        for name in CLASSES:
+            queue = self._queues[name]
+            while queue:
+                ident = queue.head()
+                if ident is None:
+                    break
+                job = self.jobs[ident]
+                if not self._place(job, now_ns):
+                    # A less urgent class gets only what this one can't use at all.
+                    return
+                queue.take(job.arrived.tenant)
+                if self._left_ns[name] >= 0:
+                    self._gaps[name].learn(now_ns - self._left_ns[name])
+                self._left_ns[name] = now_ns
+
+    # Faults
+
+    def _wake(self, now_ns: int) -> None:
+        self._tick_ns = now_ns
+        policy = self.rules.policy
+        suspect_ns = policy.suspect_s * NS_PER_S
+        for replica in self.replicas:
+            if replica.state == "down" and replica.retry_ns and now_ns >= replica.retry_ns:
+                replica.state, replica.trial = "trial", 1
+                replica.retry_ns = 0
+            elif (
+                replica.jobs
+                and replica.state in ("up", "trial")
+                and now_ns - replica.heard_ns > suspect_ns
+            ):
+                self._out.append(Log(f"{replica.spec.name} is silent: taken for hung"))
+                self._lose(replica)
+                replica.retry_ns = now_ns + round(policy.retry_s * NS_PER_S)
+        self._pump(now_ns)
+
+    def _lose(self, replica: Replica) -> None:
+        """Its requests go elsewhere."""
+        replica.state = "down"
+        replica.trial = 0
+        for job in list(replica.jobs.values()):
+            if job.stage is not Stage.STOPPING:
+                self._stop(job)
+        replica.forget()
+        if self._prefixes is not None:
+            self._prefixes.lost(replica.index)
+
+    def _let_in(self, replica: Replica) -> None:
+        """A replica on trial did something well: it may have twice as much."""
+        if replica.state == "trial":
+            replica.trial *= 2
+            if replica.trial >= replica.spec.seats:
+                replica.state, replica.trial = "up", 0
+
+    def _replica_up(self, event: ReplicaUp, now_ns: int) -> None:
+        replica = self.replicas[event.replica]
+        if replica.state == "down":
+            replica.state, replica.trial = "trial", 1
+            replica.retry_ns = 0
+        elif replica.state in ("off", "starting"):
+            replica.state = "up"
+        replica.heard_ns = now_ns
+        self._pump(now_ns)
+
+    def _replica_down(self, event: ReplicaDown, now_ns: int) -> None:
+        replica = self.replicas[event.replica]
+        self._out.append(Log(f"{replica.spec.name} is down"))
+        replica.state = "down"
+        replica.heard_ns = now_ns
+        replica.retry_ns = 0
+        replica.trial = 0
+        replica.forget()
+        if self._prefixes is not None:
+            self._prefixes.lost(replica.index)
+
+    # Power
+
+    def _power_cap_changed(self, event: PowerCapChanged, now_ns: int) -> None:
+        self.power.cap_w = event.cap_w
+        order = sorted(self.replicas, key=_worth)
+        for replica in order:
+            if not self.power.is_over:
+                break
+            if not replica.jobs:
+                continue
+            if any(j.arrived.service_class == "realtime" for j in replica.jobs.values()):
+                continue
+            for job in list(replica.jobs.values()):
+                if job.stage is not Stage.STOPPING:
+                    self._stop(job)
+                replica.remove(job, now_ns)
+        if self.power.is_over:
+            told = f"realtime work keeps {self.power.reserved_w:.0f} W reserved, over the cap of"
+            self._out.append(Log(f"{told} {event.cap_w:.0f} W"))
+        self._pump(now_ns)
+
+
+def _worth(replica: Replica) -> tuple[int, int]:
+    """How much is lost if its work stops: its most urgent class, how many."""
+    ranks = [_PRIORITY[job.arrived.service_class] for job in replica.jobs.values()]
+    return (-min(ranks, default=9), len(ranks))

@@ -1,0 +1,147 @@
+"""A replica as the scheduler knows it: what it was given, and how it probably stands."""
+
+from math import exp
+from typing import Final, Literal
+
+import msgspec
+
+from tokenworks.sched.forecast import Forecast
+from tokenworks.sched.job import Job
+from tokenworks.sched.promise import Drift
+
+_MEMORY_NS: Final = 20e9  # over which the share of time spent on prompts is a mean
+_LEAST_LEFT: Final = 0.1  # of the time, for tokens, however much is read
+State = Literal["off", "starting", "up", "trial", "down", "draining"]
+
+
+class Spec(msgspec.Struct, frozen=True):
+    """What is known of a replica beforehand.
+
+    `kv_tokens`: that its cache holds, `context_tokens`: of the longest request; `idle_w`: of all
+    its devices; `usd_per_s`: while it is on (None: not known); `tokens_per_step`: of a sequence.
+    """
+
+    name: str
+    pool: str
+    processor: str
+    forecast: Forecast
+    seats: int
+    kv_tokens: int
+    context_tokens: int
+    idle_w: float = 0.0
+    usd_per_s: float | None = None
+    tokens_per_step: float = 1.0
+    is_on: bool = True
+
+
+class Replica:
+    """Estimates of one replica's state, moved on by what the scheduler does and hears."""
+
+    def __init__(self, index: int, spec: Spec) -> None:
+        self.index, self.spec, self.forecast = index, spec, spec.forecast
+        self.state: State = "up" if spec.is_on else "off"
+        self.trial = 0  # the most jobs while it is let back in; 0: as many as there are seats
+        self.heard_ns = self.retry_ns = 0
+        self.ttft_drift, self.tpot_drift = Drift(), Drift()
+        self.forget()
+
+    def forget(self) -> None:
+        """It starts from nothing."""
+        self.jobs: dict[int, Job] = {}
+        self.context_tokens = 0.0
+        self.kv_tokens = 0
+        self.reading: dict[int, float] = {}  # nanoseconds each prompt will probably take
+        self.read_until_ns = 0.0
+        self._read_share = 0.0
+        self._share_ns = 0
+
+    # Whether
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it may be given anything."""
+        return self.state in ("up", "trial") and (not self.trial or len(self.jobs) < self.trial)
+
+    def has_room(self, job: Job) -> bool:
+        """A seat, and cache for the request as long as it is expected to get."""
+        spec = self.spec
+        if len(self.jobs) >= spec.seats or not self.is_open:
+            return False
+        if not self.can_hold(job):
+            return False
+        return self.kv_tokens + job.need_tokens <= spec.kv_tokens or not self.jobs
+
+    def can_hold(self, job: Job) -> bool:
+        """Whether it could serve the request at all, as far as anyone knows."""
+        spec = self.spec
+        return job.read_tokens < spec.context_tokens and spec.pool not in job.avoided
+
+    # How long
+
+    def ttft_ns(self, tokens: int, now_ns: int) -> float:
+        """From now to the first token of a prompt of which so many are not in the cache (prior)."""
+        count = len(self.jobs) - len(self.reading)
+        forecast = self.forecast
+        begin_ns = self.read_until_ns - now_ns
+        if begin_ns <= 0:
+            begin_ns = forecast.step_ns(count, self.context_tokens) / 2 if count else 0.0
+        own_ns = forecast.read_ns(tokens, count, self.context_tokens)
+        return begin_ns + own_ns + forecast.after_reading_ns
+
+    def tpot_ns(self, context: float, now_ns: int, without: int = 0) -> float:
+        """Per token, if one with so much context came and `without` others were gone (prior)."""
+        count = max(len(self.jobs) - without, 0)
+        share = count / len(self.jobs) if self.jobs else 1.0
+        step_ns = self.forecast.step_ns(count + 1, self.context_tokens * share + context)
+        if self.forecast.pass_ns is None:
+            step_ns /= max(1.0 - self.read_share(now_ns), _LEAST_LEFT)
+        return step_ns / self.spec.tokens_per_step
+
+    def read_share(self, now_ns: int) -> float:
+        """The share of its time that prompts have taken lately."""
+        if now_ns > self._share_ns:
+            self._read_share *= exp((self._share_ns - now_ns) / _MEMORY_NS)
+            self._share_ns = now_ns
+        return self._read_share
+
+    def joules(self, job: Job, tokens: int) -> tuple[float, float]:
+        """More than without it: for reading so many tokens, and for each one said."""
+        count, context = len(self.jobs), self.context_tokens
+        with_it = self.forecast.energy_j(count + 1, context + job.context)
+        more = with_it - self.forecast.energy_j(count, context)
+        return self.forecast.alone(tokens)[1], max(more, 0.0) / self.spec.tokens_per_step
+
+    # What happens
+
+    def add(self, job: Job, tokens: int, now_ns: int) -> None:
+        """It is given a request."""
+        count = len(self.jobs) - len(self.reading)
+        read_ns = self.forecast.read_ns(tokens, count, self.context_tokens)
+        self.read_until_ns = max(self.read_until_ns, now_ns) + read_ns * self.ttft_drift.factor
+        self.reading[job.arrived.id] = read_ns
+        extra_ns = read_ns - self.forecast.step_ns(count, self.context_tokens)
+        self._read_share = self.read_share(now_ns) + max(extra_ns, 0.0) / _MEMORY_NS
+        if not self.jobs:
+            self.heard_ns = now_ns
+        self.jobs[job.arrived.id] = job
+        self.context_tokens += job.context
+        self.kv_tokens += job.need_tokens
+
+    def read(self, job: Job, now_ns: int) -> None:
+        """It has read the request's prompt."""
+        if self.reading.pop(job.arrived.id, None) is not None:
+            self._expect(now_ns)
+
+    def _expect(self, now_ns: int) -> None:
+        left_ns = sum(self.reading.values()) * self.ttft_drift.factor
+        self.read_until_ns = now_ns + left_ns if left_ns else 0.0
+
+    def remove(self, job: Job, now_ns: int) -> None:
+        """The request is gone from it."""
+        ident = job.arrived.id
+        if self.jobs.pop(ident, None) is None:
+            return
+        if self.reading.pop(ident, None) is not None:
+            self._expect(now_ns)
+        self.kv_tokens -= job.need_tokens
+        self.context_tokens = self.context_tokens - job.context if self.jobs else 0.0

@@ -1,0 +1,1 @@
+"""The scheduler in virtual time over modelled replicas: any fleet, in seconds."""

@@ -1,0 +1,355 @@
+"""The event loop in virtual time: one scheduler, its replicas, and what happens to them.
+
+Integer nanoseconds and one heap. What happens at the same time happens in this order: engines,
+faults, power, reports, arrivals, the scheduler's own wake-ups; then by replica. So a run is its
+scenario and its seed, and nothing else. The scheduler is told only what it could know in life.
+"""
+
+from collections.abc import Callable, Iterable
+from heapq import heappop, heappush
+from typing import Any, Final, Protocol
+
+from tokenworks.engine.work import Lost, Notice, Work
+from tokenworks.metrics.outcomes import NONE, Outcome, Outcomes
+from tokenworks.sched.config import CLASSES, ClassRules, Rules
+from tokenworks.sched.messages import (
+    Abort,
+    Accept,
+    Arrived,
+    Command,
+    Dispatch,
+    Event,
+    Finished,
+    FirstToken,
+    Log,
+    PowerCapChanged,
+    Progress,
+    Promise,
+    Refused,
+    Reject,
+    ReplicaDown,
+    ReplicaUp,
+    Start,
+    Stop,
+    Stopped,
+)  # fmt: skip
+from tokenworks.twin.fleet import Unit
+from tokenworks.twin.trouble import Trouble
+from tokenworks.units import NS_PER_S
+from tokenworks.workload import Request
+
+_ENGINE, _TROUBLE, _POWER, _PROGRESS, _ARRIVAL, _WAKE = range(6)
+_PROGRESS_NS: Final = NS_PER_S
+_GROUP: Final[dict[str, int]] = {name: group for group, name in enumerate(CLASSES)}
+_PATIENCE_NS: Final = 3600 * NS_PER_S
+_TELL_EVERY: Final = 500  # arrivals between two calls of `tell`
+
+
+class Driven(Protocol):
+    """A scheduler, whichever."""
+
+    def handle(self, event: Event | None, now_ns: int) -> list[Command]:
+        """What to do now that `event` happened; None: it is time."""
+        ...
+
+    def next_wakeup_ns(self) -> int | None:
+        """When it wants to be called with None."""
+        ...
+
+
+class _Open:
+    """A request under way, with what only the twin knows."""
+
+    __slots__ = (
+        "cached", "dispatched_ns", "done", "energy_nj", "first_ns", "moves", "promise", "replica",
+        "request",
+    )  # fmt: skip
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.promise: Promise | None = None
+        self.dispatched_ns = self.first_ns = NONE
+        self.done = self.energy_nj = self.cached = 0
+        self.replica = -1
+        self.moves = -1
+
+
+class Twin:
+    """A run. `outcomes`, `log` and the units' meters are its results, at any time."""
+
+    def __init__(
+        self,
+        units: list[Unit],
+        scheduler: Driven,
+        rules: Rules,
+        troubles: Iterable[Trouble] = (),
+        *,
+        oracle: bool = False,
+        seen_tokens: Callable[[int], int] = int,
+    ) -> None:
+        self.units, self.scheduler, self.rules = units, scheduler, rules
+        self.oracle, self._seen_tokens = oracle, seen_tokens
+        self.outcomes = Outcomes()
+        self.log: list[tuple[int, str]] = []
+        self.now_ns = 0
+        self._heap: list[tuple[int, int, int, int, Any]] = []
+        self._count = 0
+        self._open: dict[int, _Open] = {}
+        self._due: list[int | None] = [None] * len(units)  # the engines' entries in the heap
+        self._reports = [False] * len(units)  # whether a report is due
+        self._told = [0] * len(units)  # tokens reported
+        self._wake_ns: int | None = None
+        self._moved_ns = 0  # when something last happened but a wake-up
+        for trouble in troubles:
+            rank = _POWER if trouble.kind == "cap" else _TROUBLE
+            self._push(trouble.at_ns, rank, trouble.replica, trouble)
+
+    def _push(self, at_ns: int, rank: int, index: int, what: Any) -> None:
+        self._count += 1
+        heappush(self._heap, (at_ns, rank, index, self._count, what))
+
+    # The loop
+
+    def run(self, requests: Iterable[Request], tell: Callable[[int], None] | None = None) -> None:
+        """Serve all of `requests`, in order of arrival. `tell` hears now and then how many came.
+
+        May be interrupted anywhere between two events: what is done stays.
+        """
+        arrivals = enumerate(requests)
+        following = next(arrivals, None)
+        heap = self._heap
+        while following is not None or self._open:
+            at_ns = heap[0][0] if heap else None
+            if following is not None:
+                arrival_ns = following[1].arrival_ns
+                if at_ns is None or (arrival_ns, _ARRIVAL) < (at_ns, heap[0][1]):
+                    self.now_ns = arrival_ns
+                    self._arrive(*following)
+                    if tell is not None and following[0] % _TELL_EVERY == 0:
+                        tell(following[0])
+                    following = next(arrivals, None)
+                    continue
+            if at_ns is None or (following is None and self._is_stuck()):
+                break
+            self._happen(heappop(heap))
+        self._give_up()
+
+    def _is_stuck(self) -> bool:
+        """Whether nothing will ever happen again: for an hour only the scheduler woke."""
+        return (
+            all(due is None for due in self._due)
+            and all(entry[1] == _WAKE for entry in self._heap)
+            and self.now_ns - self._moved_ns > _PATIENCE_NS
+        )
+
+    def _happen(self, entry: tuple[int, int, int, int, Any]) -> None:
+        at_ns, rank, index, _, what = entry
+        self.now_ns = at_ns
+        if rank != _WAKE:
+            self._moved_ns = at_ns
+        if rank == _ENGINE:
+            if self._due[index] == at_ns:
+                self._due[index] = None
+                self._advance(index)
+        elif rank == _WAKE:
+            if self._wake_ns == at_ns:
+                self._wake_ns = None
+                self._tell(None)
+        elif rank == _PROGRESS:
+            self._report(index)
+        else:
+            self._suffer(what)
+
+    def _give_up(self) -> None:
+        for ident in list(self._open):
+            self._end(ident, "failed", "no replica was left to serve it")
+
+    # The scheduler
+
+    def _tell(self, event: Event | None) -> None:
+        self._obey(self.scheduler.handle(event, self.now_ns))
+
+    def _obey(self, commands: list[Command]) -> None:
+        for command in commands:
+            match command:
+                case Dispatch():
+                    self._dispatch(command)
+                case Accept():
+                    self._open[command.id].promise = command.promise
+                case Reject():
+                    self._end(command.id, "rejected", command.reason)
+                case Abort():
+                    self._abort(command)
+                case Log():
+                    self.log.append((self.now_ns, command.text))
+                case Start():
+                    self._push(self.now_ns, _TROUBLE, command.replica, Trouble(0, "up", 0))
+                case Stop():
+                    pass
+        at_ns = self.scheduler.next_wakeup_ns()
+        if at_ns is not None and at_ns != self._wake_ns:
+            self._wake_ns = at_ns
+            self._push(at_ns, _WAKE, 0, None)
+
+    def _arrive(self, ident: int, request: Request) -> None:
+        self._open[ident] = _Open(request)
+        name: Any = request.service_class
+        self._tell(
+            Arrived(
+                ident,
+                name,
+                request.tenant,
+                self._seen_tokens(request.prompt_tokens),
+                request.output_tokens if self.oracle else None,
+                request.prefix,
+                request.prefix_block_tokens,
+            )
+        )
+
+    def _dispatch(self, command: Dispatch) -> None:
+        open_ = self._open[command.id]
+        request, index = open_.request, command.replica
+        engine = self.units[index].engine
+        notices = engine.advance(self.now_ns)
+        if open_.dispatched_ns == NONE:
+            open_.dispatched_ns = self.now_ns
+        open_.replica = index
+        open_.moves += 1
+        engine.submit(
+            Work(
+                command.id,
+                request.prompt_tokens,
+                request.output_tokens,
+                _GROUP[request.service_class],
+                command.priority,
+                open_.done,
+                prefix=request.prefix,
+                prefix_block_tokens=request.prefix_block_tokens,
+            ),
+            self.now_ns,
+        )
+        if not self._reports[index]:
+            self._reports[index] = True
+            self._push(self.now_ns + _PROGRESS_NS, _PROGRESS, index, None)
+        self._expect(index)
+        self._notice(index, notices)
+
+    def _abort(self, command: Abort) -> None:
+        index = command.replica
+        engine = self.units[index].engine
+        notices = engine.advance(self.now_ns)
+        lost = engine.abort(command.id, self.now_ns)
+        self._expect(index)
+        self._notice(index, notices)
+        if lost is not None:
+            self._stopped(index, lost, is_lost=False)
+
+    def _stopped(self, index: int, lost: Lost, *, is_lost: bool) -> None:
+        open_ = self._open.get(lost.id)
+        if open_ is not None:
+            open_.done = lost.done_tokens
+            open_.energy_nj += lost.energy_nj
+            self._tell(Stopped(lost.id, index, lost.done_tokens, is_lost))
+
+    # Engines
+
+    def _expect(self, index: int) -> None:
+        """Put an engine's next event into the heap."""
+        at_ns = self.units[index].engine.next_ns()
+        if at_ns is not None:
+            at_ns = max(at_ns, self.now_ns)
+        if at_ns != self._due[index]:
+            self._due[index] = at_ns
+            if at_ns is not None:
+                self._count += 1
+                heappush(self._heap, (at_ns, _ENGINE, index, self._count, None))
+
+    def _advance(self, index: int) -> None:
+        notices = self.units[index].engine.advance(self.now_ns)
+        self._expect(index)
+        self._notice(index, notices)
+
+    def _notice(self, index: int, notices: list[Notice]) -> None:
+        for notice in notices:
+            open_ = self._open[notice.id]
+            if notice.kind == "first":
+                open_.first_ns = notice.at_ns
+                self._tell(FirstToken(notice.id, index))
+            elif notice.kind == "finished":
+                open_.energy_nj += notice.energy_nj
+                open_.cached = notice.cached_tokens
+                open_.done = open_.request.output_tokens
+                self._end(notice.id, "finished", "")
+                self._tell(Finished(notice.id, index, open_.done, notice.cached_tokens))
+            else:
+                self._tell(Refused(notice.id, index, "too_long_for_the_cache"))
+
+    def _report(self, index: int) -> None:
+        engine = self.units[index].engine
+        load = engine.load()
+        if not load.running and not load.waiting:
+            self._reports[index] = False
+            return
+        made = engine.tokens(self.now_ns)
+        new, self._told[index] = made - self._told[index], made
+        share = load.used_blocks / load.total_blocks
+        self._push(self.now_ns + _PROGRESS_NS, _PROGRESS, index, None)
+        self._tell(Progress(index, new, load.running, load.waiting, share))
+
+    # Ends
+
+    def _end(self, ident: int, status: Any, reason: str) -> None:
+        open_ = self._open.pop(ident)
+        request, promise = open_.request, open_.promise
+        rules = self.rules.classes.get(request.service_class, ClassRules())
+        self.outcomes.add(
+            Outcome(
+                ident,
+                request.arrival_ns,
+                request.service_class,
+                request.tenant,
+                status,
+                reason,
+                self.units[open_.replica].spec.name if open_.replica >= 0 else "",
+                request.prompt_tokens,
+                open_.cached,
+                open_.done,
+                open_.dispatched_ns,
+                open_.first_ns,
+                self.now_ns if status == "finished" else NONE,
+                NONE if rules.ttft_ns is None else rules.ttft_ns,
+                NONE if rules.tpot_ns is None else rules.tpot_ns,
+                NONE if promise is None else promise.ttft_ns,
+                NONE if promise is None else promise.tpot_ns,
+                open_.energy_nj,
+                max(open_.moves, 0),
+            )
+        )
+
+    # Troubles
+
+    def _suffer(self, trouble: Trouble) -> None:
+        engine, index = self.units[trouble.replica].engine, trouble.replica
+        now_ns = self.now_ns
+        if trouble.kind == "cap":
+            self._tell(PowerCapChanged(trouble.cap_w))
+            return
+        notices = engine.advance(now_ns)
+        self._notice(index, notices)
+        match trouble.kind:
+            case "crash":
+                lost = engine.crash(now_ns)
+                self._expect(index)
+                self._tell(ReplicaDown(index))
+                for each in lost:
+                    self._stopped(index, each, is_lost=True)
+                return
+            case "hang":
+                engine.pause(now_ns)
+            case "wake":
+                engine.resume(now_ns)
+            case "slow":
+                engine.slow(trouble.permille, now_ns)
+            case "up":
+                self._tell(ReplicaUp(index))
+        self._expect(index)
