@@ -184,7 +184,8 @@ class Engine:
         call = waiting.call
         request = b"%b%d\r\n\r\n%b" % (self._heads[call.route], len(call.body), call.body)
         upstream.receiver = waiting
-        upstream.transport.write(request)
+        # At the end of this turn of the loop (see `Exchange._answer`).
+        asyncio.get_running_loop().call_soon(upstream.transport.write, request)
         waiting.dispatched(upstream)
 
     def reconnect(self, waiting: Waiting) -> None:

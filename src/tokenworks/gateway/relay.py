@@ -349,11 +349,21 @@ class Exchange:
             kind = head.content_type
         self.status = 200
         close = b"" if self.keep_alive else b"connection: close\r\n"
-        self._client.write(
+        answer = (
             b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\nx-request-id: %b\r\n%b"
             b"content-length: %d\r\n\r\n%b" % (kind, self.id, close, len(body), body)
         )
-        self._finish()
+        asyncio.get_running_loop().call_soon(self._answer, answer)
+
+    def _answer(self, answer: bytes) -> None:
+        """Send a whole answer, at the end of the loop's turn in which it came.
+
+        A write wakes its reader. Those of one turn together wake an idle processor once instead of
+        each time, which is worth a sixth of all that a whole answer costs.
+        """
+        if self.stage is not Stage.DONE:  # its client left in between
+            self._client.write(answer)
+            self._finish()
 
     # The end
 
