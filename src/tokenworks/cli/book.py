@@ -1,7 +1,7 @@
-"""What `catalog` and `cost` share: the catalogue with the user's own numbers, and JSON."""
+"""What commands share: the catalogue with the user's own numbers, models, files, and JSON."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from cyclopts import Parameter
@@ -11,6 +11,8 @@ from tokenworks.catalog.book import Catalog, catalog
 from tokenworks.cli.console import ERR, OUT
 from tokenworks.errors import UserError
 from tokenworks.gateway.embedded.measure import with_cpu
+from tokenworks.model import config, from_gguf, library
+from tokenworks.model.shape import Shape
 
 # The flags that both commands have, with their help.
 Settings = Annotated[
@@ -61,3 +63,27 @@ def opened(
 def print_json(document: object) -> None:
     """The document, for programs."""
     OUT.print_json(msgspec.json.encode(document).decode())
+
+
+def open_model(name: str) -> Shape:
+    """The shape behind a name of the catalogue, a config.json or a GGUF file."""
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        return from_gguf.shape(store.read_header(path), path.stem)
+    if not name.endswith(".json"):
+        return library.shape(name)
+    raw = store.read_bytes(path, "the model's config")
+    try:
+        table = msgspec.json.decode(raw, type=dict[str, Any])
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise UserError(f"{path} is no JSON object: {error}", "Give a config.json.") from None
+    return config.shape(table, path.parent.name if path.stem == "config" else path.stem)
+
+
+def write(path: Path, data: bytes, flag: str) -> None:
+    """Write a file that `flag` asks for; UserError where that can't be."""
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        told = f"cannot write {path}: {error.strerror or error}"
+        raise UserError(told, f"Give {flag} a path that can be written.") from error

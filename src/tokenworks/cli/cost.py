@@ -3,13 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from rich.table import Table
 
-from tokenworks.assets import store
 from tokenworks.catalog import quantity
 from tokenworks.catalog.book import Catalog
-from tokenworks.cli.book import AsJson, Files, Measure, Settings, opened, print_json
+from tokenworks.cli.book import (
+    AsJson,
+    Files,
+    Measure,
+    Settings,
+    open_model,
+    opened,
+    print_json,
+    write,
+)
 from tokenworks.cli.console import ERR, OUT
 from tokenworks.cost import (
     AttentionFfn,
@@ -26,8 +33,6 @@ from tokenworks.cost.joined import attention_part, feed_forward_part
 from tokenworks.cost.roofline import Roofline
 from tokenworks.cost.static import Static
 from tokenworks.errors import UserError
-from tokenworks.model import config, from_gguf, library
-from tokenworks.model.shape import Shape
 from tokenworks.report import frontier
 from tokenworks.units import show
 
@@ -126,14 +131,16 @@ def cost(  # noqa: PLR0913 - one argument a flag
     joined = [name for name in (decode_on, ffn_on, draft_on) if name is not None]
     if len(joined) > 1:
         raise UserError("--decode-on, --ffn-on and --draft-on exclude each other", "Give one.")
-    shape = _open(model)
+    shape = open_model(model)
     own = attention_part(shape) if ffn_on else shape
     cuts: dict[str, Any] = {"tp": tp, "pp": pp, "dp": dp, "ep": ep, "weights": precision, "kv": kv}
     first = prepare(own, place(known, own, processor, devices, **cuts), known)
     prepared: Prepared = first
     asked = Batch.of(batch, context, prefill)
     if joined:
-        theirs = feed_forward_part(shape) if ffn_on else _open(draft_model) if draft_on else shape
+        theirs = (
+            feed_forward_part(shape) if ffn_on else open_model(draft_model) if draft_on else shape
+        )
         spot = place(known, theirs, joined[0], other_devices, weights=precision, kv=kv)
         second = prepare(theirs, spot, known)
         if decode_on:
@@ -150,7 +157,8 @@ def cost(  # noqa: PLR0913 - one argument a flag
         name = f"{shape.name} on {processor}" + (f" and {joined[0]}" if joined else "")
         used = sum(part.placement.devices for part in placed(prepared))
         html = frontier.page([(name, prepared, used)], context, f"{name}, context {context}")
-        _write(chart, html)
+        write(chart, html.encode(), "--chart")
+        ERR.print(f"The chart is in {chart}.", soft_wrap=True)
     _answer(answer(prepared, asked, tariff), first, json)
 
 
@@ -169,30 +177,6 @@ def _gpu(prepared: Roofline | Static) -> Roofline:
             "Give a GPU as PROCESSOR and the LPU as the second.",
         )
     return prepared
-
-
-def _open(name: str) -> Shape:
-    """The shape behind a name of the catalogue, a config.json or a GGUF file."""
-    path = Path(name).expanduser()
-    if name.endswith(".gguf"):
-        return from_gguf.shape(store.read_header(path), path.stem)
-    if not name.endswith(".json"):
-        return library.shape(name)
-    raw = store.read_bytes(path, "the model's config")
-    try:
-        table = msgspec.json.decode(raw, type=dict[str, Any])
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise UserError(f"{path} is no JSON object: {error}", "Give a config.json.") from None
-    return config.shape(table, path.parent.name if path.stem == "config" else path.stem)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        told = f"cannot write {path}: {error.strerror or error}"
-        raise UserError(told, "Give --chart a path that can be written.") from error
-    ERR.print(f"The chart is in {path}.", soft_wrap=True)
 
 
 def _answer(found: Answer, first: Roofline | Static, json: bool) -> None:

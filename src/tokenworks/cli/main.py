@@ -17,7 +17,7 @@ from tokenworks import __version__, web
 from tokenworks.assets import store
 from tokenworks.catalog.models import Model, models
 from tokenworks.catalog.models import model as catalogue_model
-from tokenworks.cli import catalog, console, cost
+from tokenworks.cli import catalog, console, cost, replay
 from tokenworks.errors import UserError
 from tokenworks.gateway import server, settings
 from tokenworks.gateway.engine import Engine
@@ -49,6 +49,8 @@ app.command(keys_app)
 app.command(model_app)
 app.command(catalog.catalog)
 app.command(cost.cost)
+app.command(replay.replay)
+app.command(replay.compare)
 
 
 @app.command

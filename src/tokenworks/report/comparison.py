@@ -138,10 +138,7 @@ def _quoted(group: _Group) -> str:
 
 
 def _measures(groups: Sequence[_Group]) -> str:
-    names = {part.service_class for g in groups for run in g.runs for part in run.summary.classes}
-    of_class = [_attainment_of(name) for name in ordered(list(names))]
-    measures = [_GOODPUT, _ATTAINMENT, *(of_class if len(of_class) > 1 else []), _KEPT]
-    measures += [_ENERGY, _COST]
+    measures = _measured(groups)
     over_load = any(group.load is not None for group in groups)
     rows: dict[str, list[Row]] = {}
     for group in groups:
@@ -155,6 +152,30 @@ def _measures(groups: Sequence[_Group]) -> str:
         "true mean with 95 % confidence; it takes two seeds at least.",
         "about",
     )
+
+
+def rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """The measures as text: a header, and a row for each variant at each load."""
+    groups = _groups(runs)
+    measures = _measured(groups)
+    head = ("variant", "offered", "runs", *(m.name.replace("\u00a0", " ") for m in measures))
+    found = [head]
+    for group in groups:
+        cells = [group.of(measure) for measure in measures]
+        said = [
+            _spoken(cell, measure) if cell is not None else digits.DASH
+            for cell, measure in zip(cells, measures, strict=True)
+        ]
+        load = digits.DASH if group.load is None else digits.rate(group.load)
+        found.append((group.variant, load, digits.count(len(group.runs)), *said))
+    return found
+
+
+def _measured(groups: Sequence[_Group]) -> list[_Measure]:
+    names = {part.service_class for g in groups for run in g.runs for part in run.summary.classes}
+    of_class = [_attainment_of(name) for name in ordered(list(names))]
+    classes = of_class if len(of_class) > 1 else []
+    return [_GOODPUT, _ATTAINMENT, *classes, _KEPT, _ENERGY, _COST]
 
 
 def _attainment_of(name: str) -> _Measure:

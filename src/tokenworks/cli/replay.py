@@ -1,0 +1,376 @@
+"""`tokenworks replay` and `tokenworks compare`: traffic on a fleet, in virtual time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from time import perf_counter
+from typing import Annotated, Any, Final, NamedTuple, get_args
+
+import msgspec
+from cyclopts import Parameter
+from msgspec.structs import replace
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tokenworks.assets import store
+from tokenworks.catalog.book import Catalog, unknown
+from tokenworks.cli.book import AsJson, Files, Settings, open_model, opened, print_json, write
+from tokenworks.cli.console import ERR, OUT
+from tokenworks.errors import UserError
+from tokenworks.report import text
+from tokenworks.report.comparison import comparison, rows
+from tokenworks.report.files import chrome_trace, parquet
+from tokenworks.report.latency import latencies
+from tokenworks.report.page import page
+from tokenworks.report.run import Run
+from tokenworks.sched.config import BASELINES, Router
+from tokenworks.twin import scenario as scenarios
+from tokenworks.twin.replay import Result
+from tokenworks.twin.replay import replay as run_twin
+from tokenworks.twin.scenario import Scenario
+from tokenworks.units import NS_PER_S
+from tokenworks.workload import Request, Trace, generate, mean_rate_per_s, named, names, read
+
+_REQUESTS: Final = 10_000  # of a named workload
+_TOLD: Final = 20  # lines of the scheduler's log in a report
+
+_Fleet = Annotated[
+    Path, Parameter(help="A scenario: the fleet, its model and its rules (docs/twin.md).")
+]
+_Requests = Annotated[
+    int | None,
+    Parameter(help=f"So many requests: of a file the first, of a workload {_REQUESTS:,}."),
+]
+_Smooth = Annotated[
+    bool, Parameter(negative=(), help="Spread requests that share a time stamp until the next.")
+]
+_Stretch = Annotated[float, Parameter(help="The same requests in so many times the time.")]
+_Oracle = Annotated[
+    bool,
+    Parameter(
+        negative=(), help="Tell the scheduler how long answers will be: a bound, not a policy."
+    ),
+]
+
+
+# Begins a run of so many requests, and gives what hears how many came.
+_Begin = Callable[[str, int], Callable[[int], None]]
+
+
+class Traffic(NamedTuple):
+    """What is replayed: `requests(rng)` gives it anew, `size` of them within `span_ns`."""
+
+    name: str
+    size: int
+    span_ns: int
+    rate_per_s: float
+    requests: Callable[[Random], Iterator[Request]]
+    notes: tuple[str, ...] = ()
+
+
+def replay(  # noqa: PLR0913 - one argument a flag
+    trace: str,
+    *,
+    fleet: _Fleet,
+    out: Path | None = None,
+    route: str | None = None,
+    seed: int = 0,
+    requests: _Requests = None,
+    scale: float = 1.0,
+    stretch: _Stretch = 1.0,
+    smooth: _Smooth = False,
+    oracle: _Oracle = False,
+    catalog: Files = None,
+    set_: Settings = None,
+    json: AsJson = False,
+) -> None:
+    """Replay traffic on a fleet in virtual time: latencies, promises, joules, dollars.
+
+    Example: tokenworks replay azure-conversation --fleet examples/scenarios/8xh100.toml
+
+    Writes report.html, outcomes.parquet, trace.json (for Perfetto) and summary.json. Ctrl-C ends
+    the run and leaves what is done.
+
+    Parameters
+    ----------
+    trace
+        A file (CSV of Azure or BurstGPT, JSON lines of Mooncake, Dynamo or our own), or the name of
+        a workload.
+    out
+        The folder to write into; by default named after the trace and the fleet.
+    route
+        Another policy than the scenario's: energy, cost, latency, or what peers do: round-robin,
+        least-outstanding, power-of-two, prefix-aware.
+    seed
+        Of all that is drawn at random.
+    scale
+        So many times the traffic: more users of the same habits.
+    """
+    known = opened(catalog, set_)
+    scenario = _routed(_scenario(fleet), route)
+    traffic = _traffic(trace, requests, scale, stretch, smooth=smooth)
+    folder = out or Path(f"{Path(trace).stem}-{fleet.stem}")
+    _make(folder)
+    with _progress(1, traffic.size) as begin:
+        begin_s = perf_counter()
+        result = _run(
+            scenario, traffic, known, seed, oracle=oracle, tell=begin("Replaying", traffic.size)
+        )
+        took_s = perf_counter() - begin_s
+    run = _shown(scenario, traffic, result, seed, oracle=oracle)
+    files = {
+        "report.html": page(run).encode(),
+        "outcomes.parquet": parquet(result.outcomes),
+        "trace.json": chrome_trace(result.outcomes),
+        "summary.json": msgspec.json.format(msgspec.json.encode(result.summary)),
+    }
+    for name, data in files.items():
+        write(folder / name, data, "--out")
+    if json:
+        print_json({"seed": seed, "is_whole": result.is_whole, "summary": result.summary})
+    else:
+        _print(text.rows(result.summary))
+        for note in run.notes:
+            OUT.print(f"Note: {note}", markup=False)
+        speed = len(result.outcomes) / max(took_s, 1e-9)
+        OUT.print(f"{len(result.outcomes):,} requests in {took_s:.1f} s ({speed:,.0f}/s).")
+    ERR.print(f"Written to {folder}: {', '.join(files)}.", soft_wrap=True, markup=False)
+    if not result.is_whole:
+        raise KeyboardInterrupt
+
+
+def compare(  # noqa: PLR0913 - one argument a flag
+    trace: str,
+    *,
+    fleet: Annotated[list[Path], Parameter(negative=(), consume_multiple=True)],
+    route: Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)] = None,
+    scale: Annotated[list[float] | None, Parameter(negative=(), consume_multiple=True)] = None,
+    seeds: int = 3,
+    out: Path | None = None,
+    requests: _Requests = None,
+    stretch: _Stretch = 1.0,
+    smooth: _Smooth = False,
+    oracle: _Oracle = False,
+    catalog: Files = None,
+    set_: Settings = None,
+    json: AsJson = False,
+) -> None:
+    """Compare fleets or policies on the same traffic, over repeated seeds and over the load.
+
+    Example: tokenworks compare azure-code --fleet a.toml b.toml --route energy least-outstanding
+
+    Writes comparison.html and summary.json. Ctrl-C ends it and leaves the runs that are done.
+
+    Parameters
+    ----------
+    trace
+        As for `tokenworks replay`.
+    fleet
+        Scenarios.
+    route
+        Policies; each fleet is run under each of them.
+    scale
+        Times the traffic; each variant is run at each of them.
+    seeds
+        Runs of each variant that differ in what is drawn at random.
+    out
+        The folder to write into; by default named after the trace.
+    """
+    if seeds < 1:
+        raise UserError(f"--seeds is {seeds}", "It must be 1 or more.")
+    known = opened(catalog, set_)
+    variants = _variants(fleet, route or [None])
+    loads = [
+        (factor, _traffic(trace, requests, factor, stretch, smooth=smooth))
+        for factor in scale or [1.0]
+    ]
+    folder = out or Path(f"{Path(trace).stem}-compared")
+    _make(folder)
+    runs: list[Run] = []
+    is_whole = True
+    total = sum(traffic.size for _, traffic in loads) * len(variants) * seeds
+    with _progress(len(loads) * len(variants) * seeds, total) as begin:
+        for seed in range(seeds):
+            for _, traffic in loads:
+                for name, scenario in variants.items():
+                    if not is_whole:
+                        break
+                    what = f"{name}, {traffic.rate_per_s:.3g}/s, seed {seed}"
+                    tell = begin(what, traffic.size)
+                    result = _run(scenario, traffic, known, seed, oracle=oracle, tell=tell)
+                    is_whole = result.is_whole
+                    if is_whole:
+                        shown = _shown(scenario, traffic, result, seed, oracle=oracle)
+                        load = traffic.rate_per_s if len(loads) > 1 else None
+                        runs.append(replace(shown, variant=name, load=load, latencies={}))
+    write(folder / "comparison.html", comparison(runs, f"{trace}, compared").encode(), "--out")
+    table = [
+        {"variant": r.variant, "rate_per_s": r.load, "seed": r.seed, "summary": r.summary}
+        for r in runs
+    ]
+    write(folder / "summary.json", msgspec.json.format(msgspec.json.encode(table)), "--out")
+    if json:
+        print_json(table)
+    else:
+        _print(rows(runs))
+    told = f"Written to {folder}: comparison.html, summary.json."
+    ERR.print(told, soft_wrap=True, markup=False)
+    if not is_whole:
+        raise KeyboardInterrupt
+
+
+def _variants(fleets: list[Path], routes: list[Any]) -> dict[str, Scenario]:
+    found: dict[str, Scenario] = {}
+    for path in fleets:
+        scenario = _scenario(path)
+        for route in routes:
+            parts = [path.stem] if len(fleets) > 1 or route is None else []
+            name = ", ".join([*parts, *([route] if route else [])])
+            if name in found:
+                raise UserError(f"--fleet: {name} is there twice", "Give each once.")
+            found[name] = _routed(scenario, route)
+    return found
+
+
+def _scenario(path: Path) -> Scenario:
+    return scenarios.parse(store.read_bytes(path, "the scenario"), str(path))
+
+
+def _routed(scenario: Scenario, route: Any) -> Scenario:
+    if route is None:
+        return scenario
+    if route not in get_args(Router):
+        raise unknown("route", route, get_args(Router))
+    return replace(scenario, policy=replace(scenario.policy, route=route))
+
+
+def _traffic(
+    source: str, requests: int | None, scale: float, stretch: float, *, smooth: bool
+) -> Traffic:
+    """A file's requests, or a named workload's."""
+    path = Path(source).expanduser()
+    if not path.exists() and source.lower() in names():
+        if smooth or stretch != 1.0:
+            told = "--smooth and --stretch are for files"
+            raise UserError(told, "Leave them out; --scale changes a workload's rate.")
+        workload, count = named(source), _REQUESTS if requests is None else requests
+        rate_per_s = mean_rate_per_s(workload.arrivals) * scale
+        return Traffic(
+            workload.name,
+            count,
+            round(count / rate_per_s * NS_PER_S) if rate_per_s > 0 else 0,
+            rate_per_s,
+            lambda rng: generate(workload, rng, count, rate_per_s),
+        )
+    if not path.exists() and not path.suffix and len(path.parts) == 1:
+        raise unknown("workload", source, names())
+    found = read(store.read_bytes(path, "the trace"), str(path))
+    if requests is not None:
+        found = found.first(requests)
+    if smooth:
+        found = found.smoothed()
+    if stretch != 1.0:
+        found = found.stretched(stretch)
+    if scale != 1.0:
+        found = found.scaled(scale, Random(f"{source}/scale"))  # noqa: S311 - no secret
+    return Traffic(
+        source,
+        len(found),
+        found.span_ns,
+        found.rate_per_s,
+        lambda _: iter(found),
+        _about(found, smooth=smooth),
+    )
+
+
+def _about(trace: Trace, *, smooth: bool) -> tuple[str, ...]:
+    """What of a file should be known."""
+    notes = []
+    if trace.skipped:
+        notes.append(f"{trace.skipped:,} requests of the trace produced nothing and are left out.")
+    if trace.unsorted:
+        notes.append(f"{trace.unsorted:,} requests of the trace were out of order.")
+    stamps = len(set(trace.arrival_ns))
+    if not smooth and stamps * 2 < len(trace):
+        told = f"{len(trace):,} requests share {stamps:,} time stamps: they come in batches"
+        notes.append(f"{told}. --smooth spreads them.")
+    return tuple(notes)
+
+
+def _run(
+    scenario: Scenario,
+    traffic: Traffic,
+    known: Catalog,
+    seed: int,
+    *,
+    oracle: bool,
+    tell: Callable[[int], None],
+) -> Result:
+    requests = traffic.requests(Random(f"{seed}/traffic"))  # noqa: S311 - a simulation's
+    return run_twin(
+        scenario, requests, traffic.span_ns, known, open_model, seed, oracle=oracle, tell=tell
+    )
+
+
+def _shown(scenario: Scenario, traffic: Traffic, result: Result, seed: int, *, oracle: bool) -> Run:
+    """The run as a report tells it."""
+    notes = list(traffic.notes)
+    if not result.is_whole:
+        told = f"Interrupted: {len(result.outcomes):,} of {traffic.size:,} requests are in here"
+        notes.insert(0, f"{told}; those under way then count as failed.")
+    if oracle:
+        notes.append("The scheduler was told how long each answer would be: this is a bound.")
+    notes += [f"{at_ns / NS_PER_S:.1f} s: {line}" for at_ns, line in result.log[:_TOLD]]
+    if len(result.log) > _TOLD:
+        notes.append(f"and {len(result.log) - _TOLD:,} more lines of the scheduler's log")
+    return Run(
+        title=f"{traffic.name} on {scenario.title or scenario.model}",
+        summary=result.summary,
+        scenario=msgspec.to_builtins(scenario),
+        seed=seed,
+        assumptions=result.assumptions,
+        notes=tuple(notes),
+        latencies=latencies(result.outcomes),
+        variant=scenario.policy.route,
+        confidence=(None if scenario.policy.route in BASELINES else scenario.policy.confidence),
+    )
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        told = f"cannot make the folder {folder}: {error.strerror or error}"
+        raise UserError(told, "Give --out another.") from error
+
+
+@contextmanager
+def _progress(runs: int, requests: int) -> Iterator[_Begin]:
+    """A bar over all runs on a terminal, elsewhere a line for each of several."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
+        task = bar.add_task("", total=requests)
+        before = following = 0
+
+        def begin(name: str, count: int) -> Callable[[int], None]:
+            nonlocal before, following
+            before, following = following, following + count
+            bar.update(task, description=name, completed=before)
+            if not ERR.is_terminal and runs > 1:
+                ERR.print(f"{name} …", soft_wrap=True, markup=False)
+            return lambda done: bar.update(task, completed=before + done)
+
+        yield begin
+
+
+def _print(lines: list[tuple[str, ...]]) -> None:
+    table = Table(*lines[0], box=None)
+    for row in lines[1:]:
+        table.add_row(*row)
+    OUT.print(table)
