@@ -16,14 +16,17 @@ Router = Literal[
 ]  # fmt: skip
 BASELINES: Final = ("round-robin", "least-outstanding", "power-of-two", "prefix-aware")
 _MS: Final = 1_000_000
+_WAIT_NS: Final = 60 * NS_PER_S
 
 
 class ClassRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One service class: bounds in milliseconds (None: none), and how long it may queue."""
+    """One service class: bounds in milliseconds (None: none), and how long it may queue at its
+    arrival, as predicted (None: as long as its time to the first token, or a minute).
+    """
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
-    wait_s: float = 60.0
+    wait_s: float | None = None
 
     @property
     def ttft_ns(self) -> int | None:
@@ -38,6 +41,8 @@ class ClassRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def wait_ns(self) -> int:
         """How long it may queue."""
+        if self.wait_s is None:
+            return self.ttft_ns or _WAIT_NS
         return round(self.wait_s * NS_PER_S)
 
 
@@ -54,20 +59,23 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `route`: among replicas that keep the promise, by least joules, dollars or latency; or what
     peers do without promises. `outstanding`: the most requests a baseline gives a replica at once
-    (None: all). `guard_fraction`: of the tightest time-per-token bound, what steps are filled up
-    to. `confidence`: of promises. `suspect_s`: silence after which a replica is taken for hung.
+    (None: all). `guard_fraction`: of the time per token that a class asks for, what the class below
+    it may fill replicas up to, the next one its square, and so on; `prompt_fraction`: of its time
+    to the first token, what it may wait for their prompts. `confidence`: of promises. `suspect_s`:
+    silence after which a replica is taken for hung, `retry_s`: after which it is tried again.
     """
 
     route: Router = "energy"
     confidence: float = 0.9
     guard_fraction: float = 0.9
+    prompt_fraction: float = 0.5
     outstanding: int | None = None
     suspect_s: float = 10.0
     retry_s: float = 10.0
 
     def check(self) -> None:
         """Raise UserError for a number that can't be."""
-        for name in ("confidence", "guard_fraction"):
+        for name in ("confidence", "guard_fraction", "prompt_fraction"):
             value = getattr(self, name)
             if not 0 < value < 1:
                 raise UserError(f"policy.{name} is {value}", "It must be between 0 and 1.")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from tokenworks.sched.config import CLASSES, ClassRules, Rules
+from tokenworks.sched.guard import Guard, tightest
 from tokenworks.sched.job import Job, Stage
 from tokenworks.sched.messages import (
     Abort,
@@ -31,9 +32,9 @@ from tokenworks.sched.messages import (
     ServiceClass,
     Stopped,
 )  # fmt: skip
+from tokenworks.sched.offers import Offer, Offers
 from tokenworks.sched.power import Power
-from tokenworks.sched.prefixes import PrefixIndex
-from tokenworks.sched.promise import Calibrator, Mean
+from tokenworks.sched.promise import Mean
 from tokenworks.sched.replica import Replica, Spec
 from tokenworks.sched.share import FairQueue
 from tokenworks.units import NS_PER_S
@@ -43,27 +44,6 @@ _PRIORITY: Final[dict[ServiceClass, int]] = {"realtime": 0, "standard": 1, "flex
 _YIELDS: Final = ("flex", "batch")  # give way to the others
 _EXPECTED_TOKENS: Final = 256.0  # of an answer, before any was seen
 _LEAST_RETRY_NS: Final = NS_PER_S // 10
-
-
-class Offer:
-    """What a replica could do for a request."""
-
-    __slots__ = (
-        "cost",
-        "read_j",
-        "replica",
-        "token_j",
-        "tokens",
-        "tpot_ns",
-        "tpot_prior_ns",
-        "ttft_ns",
-        "ttft_prior_ns",
-    )  # fmt: skip
-
-    def __init__(self, replica: Replica, tokens: int) -> None:
-        self.replica, self.tokens = replica, tokens
-        self.cost = self.read_j = self.token_j = 0.0
-        self.ttft_ns = self.tpot_ns = self.ttft_prior_ns = self.tpot_prior_ns = 0.0
 
 
 class Scheduler:
@@ -78,15 +58,12 @@ class Scheduler:
         weights = {name: tenant.weight for name, tenant in rules.tenants.items()}
         self._queues: dict[ServiceClass, FairQueue] = {name: FairQueue(weights) for name in CLASSES}
         self._classes = {name: rules.classes.get(name, ClassRules()) for name in CLASSES}
-        self._prefixes: PrefixIndex | None = None
-        confidence = rules.policy.confidence
-        pools = {spec.pool for spec in specs}
-        self._ttft = {(p, q): Calibrator(confidence) for p in pools for q in (False, True)}
-        self._tpot = {pool: Calibrator(confidence) for pool in pools}
+        self.offers = Offers(self.replicas, rules, self.power)
+        self._guard = Guard(self._classes, rules.policy)
+        self._promised = dict.fromkeys((spec.pool for spec in specs), 0)  # promises by each pool
         self._outputs = {name: Mean(_EXPECTED_TOKENS) for name in CLASSES}
         self._gaps = {name: Mean(NS_PER_S / 10) for name in CLASSES}  # between leaving the queue
         self._left_ns = dict.fromkeys(CLASSES, -1)
-        self._guard_ns = self._guard()
         self._out: list[Command] = []
         self._tick_ns = 0
         self._handlers: dict[type, Callable[[Any, int], None]] = {
@@ -101,11 +78,6 @@ class Scheduler:
             ReplicaDown: self._replica_down,
             PowerCapChanged: self._power_cap_changed,
         }
-
-    def _guard(self) -> float | None:
-        """The time per token that work of lower classes must leave to the tightest class."""
-        bounds = [c.tpot_ns for c in self.rules.classes.values() if c.tpot_ns is not None]
-        return min(bounds) * self.rules.policy.guard_fraction if bounds else None
 
     # The contract
 
@@ -126,6 +98,7 @@ class Scheduler:
 
     def _arrived(self, event: Arrived, now_ns: int) -> None:
         name = event.service_class
+        self._guard.note(name, now_ns)
         expected = self._outputs[name].value
         tokens = int(expected if event.max_tokens is None else min(expected, event.max_tokens))
         job = Job(event, now_ns, max(tokens, 1))
@@ -149,8 +122,8 @@ class Scheduler:
         return any(self._queues[each] for each in CLASSES[: CLASSES.index(name) + 1])
 
     def _admit_realtime(self, job: Job, now_ns: int) -> None:
-        offers = self._offers(job, now_ns)
-        keeping = [offer for offer in offers if self._keeps(job, offer)]
+        offers = self.offers.all(job, now_ns)
+        keeping = [offer for offer in offers if offer.keeps(job)]
         if keeping:
             self._dispatch(job, min(keeping, key=lambda offer: offer.cost), now_ns)
             return
@@ -200,15 +173,15 @@ class Scheduler:
         pool = replica.spec.pool
         job.was_queued = True
         job.forecast_ttft_ns = wait_ns + ttft_ns
-        job.prior_ttft_ns = 0.0
         # As full as it gets: the place it will have was somebody's.
-        job.prior_tpot_ns = replica.tpot_ns(job.context, now_ns, without=1)
-        job.forecast_tpot_ns = job.prior_tpot_ns * replica.tpot_drift.factor
+        tpot_ns = replica.tpot_ns(job.context, now_ns, without=1)
+        job.forecast_tpot_ns = tpot_ns * replica.tpot_drift.factor
         job.promised_by = replica.index
         read_j, token_j = replica.joules(job, job.read_tokens)
+        self._number(job, replica)
         job.promise = Promise(
-            int(job.forecast_ttft_ns * self._ttft[pool, True].factor),
-            int(job.forecast_tpot_ns * self._tpot[pool].factor),
+            int(job.forecast_ttft_ns * self.offers.ttft[pool, True].factor),
+            int(job.forecast_tpot_ns * self.offers.tpot[pool].factor),
             self.rules.policy.confidence,
             read_j,
             token_j,
@@ -224,80 +197,28 @@ class Scheduler:
 
     # Where
 
-    def _offers(self, job: Job, now_ns: int) -> list[Offer]:
-        """What each replica with room could do."""
-        prefix = job.arrived.prefix
-        hits = self._hits(job) if prefix else {}
-        offers = []
-        idle: set[str] = set()  # pools of which one replica without work was asked: all are alike
-        for replica in self.replicas:
-            if not replica.jobs:
-                if replica.spec.pool in idle and replica.index not in hits:
-                    continue
-                idle.add(replica.spec.pool)
-            if replica.has_room(job) and self.power.allows(replica):
-                offers.append(self.offer(job, replica, hits.get(replica.index, 0), now_ns))
-        return offers
-
-    def _hits(self, job: Job) -> dict[int, int]:
-        """Tokens of its prompt that each replica probably has."""
-        if self._prefixes is None:
-            size = job.arrived.prefix_block_tokens
-            self._prefixes = PrefixIndex([r.spec.kv_tokens // size for r in self.replicas])
-        hits = self._prefixes.hits(job.arrived.prefix)
-        size = job.arrived.prefix_block_tokens
-        return {replica: blocks * size for replica, blocks in hits.items()}
-
-    def offer(self, job: Job, replica: Replica, hit: int, now_ns: int) -> Offer:
-        """What a replica could do for a request of which it has `hit` tokens in its cache."""
-        pool = replica.spec.pool
-        tokens = max(job.read_tokens - hit, 1)
-        offer = Offer(replica, tokens)
-        offer.ttft_prior_ns = replica.ttft_ns(tokens, now_ns)
-        offer.tpot_prior_ns = replica.tpot_ns(job.context, now_ns)
-        ttft_ns = offer.ttft_prior_ns * replica.ttft_drift.factor
-        tpot_ns = offer.tpot_prior_ns * replica.tpot_drift.factor
-        offer.ttft_ns = ttft_ns * self._ttft[pool, False].factor
-        offer.tpot_ns = tpot_ns * self._tpot[pool].factor
-        offer.read_j, offer.token_j = replica.joules(job, tokens)
-        route = self.rules.policy.route
-        if route == "energy":
-            offer.cost = offer.read_j + job.output_tokens * offer.token_j
-        elif route == "cost":
-            # The share of a replica's time that it takes, at the replica's price.
-            others = len(replica.jobs) + 1
-            busy_ns = job.output_tokens * tpot_ns / others + replica.forecast.alone(tokens)[0]
-            offer.cost = (replica.spec.usd_per_s or 0.0) * busy_ns
-        else:
-            offer.cost = ttft_ns + job.output_tokens * tpot_ns
-        return offer
-
-    def _keeps(self, job: Job, offer: Offer) -> bool:
-        """Whether the promise meets its bounds, and leaves others theirs."""
-        if job.ttft_bound_ns is not None and offer.ttft_ns > job.ttft_bound_ns:
-            return False
-        return job.tpot_bound_ns is None or offer.tpot_ns <= job.tpot_bound_ns
-
     def _place(self, job: Job, now_ns: int) -> bool:
-        """Dispatch a request that is not realtime, if that leaves the guarded bound to others."""
-        offers = self._offers(job, now_ns)
-        guard_ns = self._guard_ns
-        fitting = [
-            offer
-            for offer in offers
-            if guard_ns is None
-            or not offer.replica.jobs
-            or offer.tpot_prior_ns * offer.replica.tpot_drift.factor <= guard_ns
-        ]
+        """Dispatch a request that is not realtime, if that leaves enough to those above it."""
+        name = job.arrived.service_class
+        bounds_ns = self._guard.tpot_bounds_ns(name, now_ns)
+        wait_ns = self._guard.wait_ns(name, now_ns)
+        fitting = []
+        for offer in self.offers.all(job, now_ns):
+            replica = offer.replica
+            if wait_ns is not None and replica.reading_ns(now_ns) > wait_ns:
+                continue
+            bound_ns = tightest(bounds_ns, replica, self.offers.tpot[replica.spec.pool].factor)
+            if bound_ns is None or offer.tpot_ns <= bound_ns:
+                fitting.append(offer)
         if not fitting:
             return False
-        keeping = [offer for offer in fitting if self._keeps(job, offer)]
+        keeping = [offer for offer in fitting if offer.keeps(job)]
         self._dispatch(job, min(keeping or fitting, key=lambda offer: offer.cost), now_ns)
         return True
 
     def _by_yielding(self, job: Job, now_ns: int) -> Offer | None:
         """Make room by taking flex and batch work off a replica, as much as it needs."""
-        hits = self._hits(job) if job.arrived.prefix else {}
+        hits = self.offers.hits(job)
         for replica in sorted(self.replicas, key=lambda r: len(r.jobs)):
             if replica.state != "up":
                 continue
@@ -311,13 +232,13 @@ class Scheduler:
                 continue
             # The youngest first: they lose least. Half of them, then all.
             yielding.reverse()
-            for count in {max(len(yielding) // 2, 1), len(yielding)}:
+            for count in sorted({max(len(yielding) // 2, 1), len(yielding)}):
                 gone = yielding[:count]
                 for other in gone:
                     replica.remove(other, now_ns)
                 fits = replica.has_room(job) and self.power.allows(replica)
-                offer = self.offer(job, replica, hits.get(replica.index, 0), now_ns)
-                if fits and self._keeps(job, offer):
+                offer = self.offers.of(job, replica, hits.get(replica.index, 0), now_ns)
+                if fits and offer.keeps(job):
                     for other in gone:
                         self._stop(other)
                     return offer
@@ -336,9 +257,9 @@ class Scheduler:
         if not job.accepted:
             job.forecast_ttft_ns = offer.ttft_prior_ns * replica.ttft_drift.factor
             job.forecast_tpot_ns = offer.tpot_prior_ns * replica.tpot_drift.factor
-            job.prior_ttft_ns, job.prior_tpot_ns = offer.ttft_prior_ns, offer.tpot_prior_ns
             job.promised_by = replica.index
             if job.arrived.service_class != "batch":
+                self._number(job, replica)
                 job.promise = Promise(
                     int(offer.ttft_ns),
                     int(offer.tpot_ns),
@@ -349,13 +270,17 @@ class Scheduler:
             self._accept(job)
         job.enter(Stage.READING)
         job.sent_ns = now_ns
+        job.prior_ttft_ns, job.prior_tpot_ns = offer.ttft_prior_ns, offer.tpot_prior_ns
         job.replica = replica.index
         replica.add(job, offer.tokens, now_ns)
-        if job.arrived.prefix and self._prefixes is not None:
-            self._prefixes.sent(replica.index, job.arrived.prefix)
+        self.offers.sent(job, replica)
         name = job.arrived.service_class
         self._queues[name].charge(job.arrived.tenant, job.read_tokens + job.output_tokens)
         self._out.append(Dispatch(job.arrived.id, replica.index, _PRIORITY[name]))
+
+    def _number(self, job: Job, replica: Replica) -> None:
+        self._promised[replica.spec.pool] += 1
+        job.promise_number = self._promised[replica.spec.pool]
 
     # Answers
 
@@ -398,14 +323,18 @@ class Scheduler:
         replica = self.replicas[event.replica]
         replica.read(job, now_ns)
         job.written_ns = now_ns
-        if job.prior_ttft_ns:
-            replica.ttft_drift.learn(job.prior_ttft_ns, now_ns - job.arrived_ns)
+        replica.ttft_drift.learn(job.prior_ttft_ns, now_ns - job.sent_ns)
         if job.promise is not None and not job.done_tokens:
             pool = self.replicas[job.promised_by].spec.pool
-            self._ttft[pool, job.was_queued].learn(
-                job.forecast_ttft_ns, job.promise.ttft_ns, now_ns - job.arrived_ns
+            self.offers.ttft[pool, job.was_queued].learn(
+                job.forecast_ttft_ns,
+                job.promise.ttft_ns,
+                now_ns - job.arrived_ns,
+                self._promised[pool] - job.promise_number,
             )
         self._let_in(replica)
+        if any(self._queues.values()):  # its next prompt may come
+            self._pump(now_ns)
 
     def _finished(self, event: Finished, now_ns: int) -> None:
         job = self._at(event.id, event.replica, now_ns)
@@ -424,7 +353,12 @@ class Scheduler:
             replica.tpot_drift.learn(job.prior_tpot_ns, tpot_ns)
             if job.promise is not None:
                 pool = self.replicas[job.promised_by].spec.pool
-                self._tpot[pool].learn(job.forecast_tpot_ns, job.promise.tpot_ns, tpot_ns)
+                self.offers.tpot[pool].learn(
+                    job.forecast_tpot_ns,
+                    job.promise.tpot_ns,
+                    tpot_ns,
+                    self._promised[pool] - job.promise_number,
+                )
         self._pump(now_ns)
 
     def _stopped(self, event: Stopped, now_ns: int) -> None:
@@ -435,7 +369,6 @@ class Scheduler:
         job.replica = -1
         job.written_ns = -1
         job.done_tokens = event.done_tokens
-        job.prior_ttft_ns = 0.0
         job.read_tokens = job.arrived.prompt_tokens + event.done_tokens
         if job.arrived.service_class == "flex" and not event.lost:
             job.enter(Stage.QUEUED)
@@ -522,8 +455,7 @@ class Scheduler:
             if job.stage is not Stage.STOPPING:
                 self._stop(job)
         replica.forget()
-        if self._prefixes is not None:
-            self._prefixes.lost(replica.index)
+        self.offers.lost(replica)
 
     def _let_in(self, replica: Replica) -> None:
         """A replica on trial did something well: it may have twice as much."""
@@ -550,8 +482,7 @@ class Scheduler:
         replica.retry_ns = 0
         replica.trial = 0
         replica.forget()
-        if self._prefixes is not None:
-            self._prefixes.lost(replica.index)
+        self.offers.lost(replica)
 
     # Power
 

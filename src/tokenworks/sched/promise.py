@@ -1,10 +1,11 @@
 """Promises that are kept as often as they say, though the forecast is wrong.
 
 Scores are logarithms of actual over forecast. A promise is the forecast times a quantile of the
-recent scores; adaptive conformal inference (Gibbs and Candès, arXiv 2106.00172) moves the
-quantile's level so that, over time and whatever the distribution does, the share of broken promises
-is what it should be: a broken one raises the level by rate * target, a kept one lowers it by
-rate * (1 - target).
+recent scores, moved by a correction that is learned from promises broken and kept: a broken one
+raises it by rate * target, a kept one lowers it by rate * (1 - target). It stands still only when
+the share of broken promises is what it should be, whatever the distribution does (quantile
+tracking with an integrator: Angelopoulos, Candes, Tibshirani, arXiv 2307.16895). The more promises
+are out, the later their verdicts come, and the smaller the rate: else the correction would swing.
 """
 
 from bisect import bisect_left, insort
@@ -13,9 +14,11 @@ from math import exp, log
 from typing import Final
 
 _WINDOW: Final = 500
-_FEW: Final = 25  # scores below which the prior margin is added to
+_FEW: Final = 25  # scores below which a forecast is hardly known: the prior margin at least
 _PRIOR: Final = 0.7  # log of the factor on a forecast that nothing is known about
-_RATE: Final = 0.008
+_RATE: Final = 0.5  # of the correction, for one promise at a time and `_EASE` more
+_EASE: Final = 20
+_MOST: Final = 1.5  # how far the correction goes
 _LEARN: Final = 0.06  # weight of a new score in the running mean
 
 
@@ -23,36 +26,35 @@ class Calibrator:
     """Turns forecasts into promises at one confidence, for one kind of time of one pool."""
 
     def __init__(self, confidence: float) -> None:
-        self.target = self._level = confidence
+        self.target = confidence
+        self._correction = 0.0
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []
-        self.factor = self._factor()  # what to multiply a forecast by
+        self.factor = exp(_PRIOR)  # what to multiply a forecast by
 
-    def _factor(self) -> float:
-        scores = self._sorted
-        count = len(scores)
-        if count < _FEW:
-            return exp(_PRIOR if not count else max(_PRIOR, scores[-1]))
-        at = self._level * (count + 1)
-        if at >= count:
-            # Beyond what was seen: as far as the level is above it, in the upper half's width.
-            width = scores[-1] - scores[count // 2]
-            return exp(scores[-1] + (self._level - count / (count + 1)) * max(width, 0.05) * 10)
-        low = max(int(at) - 1, 0)
-        share = at - int(at)
-        return exp(scores[low] + share * (scores[min(low + 1, count - 1)] - scores[low]))
+    def _quantile(self) -> float:
+        scores, count = self._sorted, len(self._sorted)
+        at = self.target * (count + 1) - 1
+        if at >= count - 1:
+            return scores[-1]
+        low = max(int(at), 0)
+        return scores[low] + (at - low) * (scores[low + 1] - scores[low])
 
-    def learn(self, forecast_ns: float, promised_ns: float, actual_ns: float) -> None:
-        """What became of a promise."""
+    def learn(self, forecast_ns: float, promised_ns: float, actual_ns: float, since: int) -> None:
+        """What became of a promise; `since` were made after it."""
         broken = actual_ns > promised_ns
-        self._level += _RATE * ((1.0 if broken else 0.0) - (1.0 - self.target))
-        self._level = min(max(self._level, 0.5), 1.2)
+        rate = _RATE / (_EASE + since)
+        moved = self._correction + rate * (float(broken) - (1.0 - self.target))
+        self._correction = min(max(moved, -_MOST), _MOST)
         score = log(max(actual_ns, 1.0) / max(forecast_ns, 1.0))
         self._recent.append(score)
         insort(self._sorted, score)
         if len(self._recent) > _WINDOW:
             del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
-        self.factor = self._factor()
+        known = self._quantile()
+        if len(self._sorted) < _FEW:
+            known = max(known, _PRIOR)
+        self.factor = exp(known + self._correction)
 
 
 class Drift:

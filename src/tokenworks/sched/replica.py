@@ -1,5 +1,6 @@
 """A replica as the scheduler knows it: what it was given, and how it probably stands."""
 
+from collections import Counter
 from math import exp
 from typing import Final, Literal
 
@@ -9,8 +10,11 @@ from tokenworks.sched.forecast import Forecast
 from tokenworks.sched.job import Job
 from tokenworks.sched.promise import Drift
 
-_MEMORY_NS: Final = 20e9  # over which the share of time spent on prompts is a mean
+_MEMORY_NS: Final = 8e9  # over which what is usual is a mean
 _LEAST_LEFT: Final = 0.1  # of the time, for tokens, however much is read
+# A batch drifts back to its usual size as fast as requests leave it: over the life of one of them,
+# its size is on average this much what it is now, and for the rest what it usually is.
+_STAYS: Final = 1 - exp(-1)
 State = Literal["off", "starting", "up", "trial", "down", "draining"]
 
 
@@ -50,10 +54,13 @@ class Replica:
         self.jobs: dict[int, Job] = {}
         self.context_tokens = 0.0
         self.kv_tokens = 0
+        self._bounds: Counter[int] = Counter()  # times per token asked for
         self.reading: dict[int, float] = {}  # nanoseconds each prompt will probably take
         self.read_until_ns = 0.0
         self._read_share = 0.0
         self._share_ns = 0
+        self._usual = 0.0  # requests, over the memory above
+        self._usual_ns = 0
 
     # Whether
 
@@ -91,11 +98,21 @@ class Replica:
     def tpot_ns(self, context: float, now_ns: int, without: int = 0) -> float:
         """Per token, if one with so much context came and `without` others were gone (prior)."""
         count = max(len(self.jobs) - without, 0)
-        share = count / len(self.jobs) if self.jobs else 1.0
-        step_ns = self.forecast.step_ns(count + 1, self.context_tokens * share + context)
+        others = round(_STAYS * count + (1 - _STAYS) * self.usual(now_ns))
+        each = self.context_tokens / len(self.jobs) if self.jobs else context
+        step_ns = self.forecast.step_ns(others + 1, each * others + context)
         if self.forecast.pass_ns is None:
             step_ns /= max(1.0 - self.read_share(now_ns), _LEAST_LEFT)
         return step_ns / self.spec.tokens_per_step
+
+    def reading_ns(self, now_ns: int) -> float:
+        """For how long it will probably still read prompts."""
+        return max(self.read_until_ns - now_ns, 0.0)
+
+    @property
+    def tightest_ns(self) -> int | None:
+        """The tightest time per token that a request there asks for."""
+        return min(self._bounds) if self._bounds else None
 
     def read_share(self, now_ns: int) -> float:
         """The share of its time that prompts have taken lately."""
@@ -103,6 +120,14 @@ class Replica:
             self._read_share *= exp((self._share_ns - now_ns) / _MEMORY_NS)
             self._share_ns = now_ns
         return self._read_share
+
+    def usual(self, now_ns: int) -> float:
+        """How many requests it has had lately, on average."""
+        if now_ns > self._usual_ns:
+            kept = exp((self._usual_ns - now_ns) / _MEMORY_NS)
+            self._usual = self._usual * kept + len(self.jobs) * (1 - kept)
+            self._usual_ns = now_ns
+        return self._usual
 
     def joules(self, job: Job, tokens: int) -> tuple[float, float]:
         """More than without it: for reading so many tokens, and for each one said."""
@@ -115,6 +140,7 @@ class Replica:
 
     def add(self, job: Job, tokens: int, now_ns: int) -> None:
         """It is given a request."""
+        self.usual(now_ns)
         count = len(self.jobs) - len(self.reading)
         read_ns = self.forecast.read_ns(tokens, count, self.context_tokens)
         self.read_until_ns = max(self.read_until_ns, now_ns) + read_ns * self.ttft_drift.factor
@@ -124,6 +150,8 @@ class Replica:
         if not self.jobs:
             self.heard_ns = now_ns
         self.jobs[job.arrived.id] = job
+        if job.tpot_bound_ns is not None:
+            self._bounds[job.tpot_bound_ns] += 1
         self.context_tokens += job.context
         self.kv_tokens += job.need_tokens
 
@@ -139,9 +167,14 @@ class Replica:
     def remove(self, job: Job, now_ns: int) -> None:
         """The request is gone from it."""
         ident = job.arrived.id
+        self.usual(now_ns)
         if self.jobs.pop(ident, None) is None:
             return
         if self.reading.pop(ident, None) is not None:
             self._expect(now_ns)
+        if job.tpot_bound_ns is not None:
+            self._bounds[job.tpot_bound_ns] -= 1
+            if not self._bounds[job.tpot_bound_ns]:
+                del self._bounds[job.tpot_bound_ns]
         self.kv_tokens -= job.need_tokens
         self.context_tokens = self.context_tokens - job.context if self.jobs else 0.0
