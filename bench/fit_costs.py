@@ -31,6 +31,7 @@ from tokenworks.model.library import shape
 
 KERNELS = "Read off kernels measured alone (data/measured.toml)."
 EFFECTIVE = "In the processor's rates, which are measured with the engine at work."
+RTX = "Kernels measured alone: AIConfigurator 0.12's tables of the Server Edition."
 POWER = "In active_w: how a processor's power splits is not measured."
 SET: dict[str, dict[str, tuple[float, str]]] = {
     "any": {
@@ -69,6 +70,12 @@ SET: dict[str, dict[str, tuple[float, str]]] = {
         "j_per_flop": (0.38e-12, f"(988 W, less idle and active) / 1427 TFLOP/s. {KERNELS}"),
     },
     "gb200": {"weights_fraction": (0.76, KERNELS), "compute_fraction": (0.55, KERNELS)},
+    "rtx-pro-6000": {
+        "kv_fraction": (0.82, f"Decode of 64 sequences and more, vLLM 0.24. {RTX}"),
+        "compute_fraction": (0.79, f"400 TFLOP/s in bf16, vLLM 0.24. {RTX}"),
+        "exchange_ns": (20_000.0, f"vLLM 0.19's own all-reduce of two devices. {RTX}"),
+        "link_fraction": (0.24, f"15.3 GB/s, vLLM 0.19's own all-reduce of two devices. {RTX}"),
+    },
     # The processor at hand: its rates are measured with the engine at work (gateway/embedded).
     "cpu": {
         "roofline_exponent": (

@@ -54,6 +54,7 @@ LIMITS = st.builds(
     # Small enough that sequences are preempted, large enough for each alone (or it is refused).
     kv_blocks=st.sampled_from([30, 60, 120, 100_000]),
     prefix_cache=st.booleans(),
+    async_scheduling=st.booleans(),
 )
 
 

@@ -90,8 +90,8 @@ def replica(
 def fleet(each: int = 3) -> list[ReplicaSummary]:
     """As many replicas in each of two pools."""
     return [
-        *(replica(f"lpu-{n}", "lpu", "groq-3-lpu", 3.1, 0.9 - n * 0.04) for n in range(each)),
-        *(replica(f"gpu-{n}", "gpu", "h100", 4.5, 1.0 - n * 0.05) for n in range(each)),
+        *(replica(f"lpu-{n}", "lpu", "groq-3-lpu", 3.1, 0.9 - n % 10 * 0.04) for n in range(each)),
+        *(replica(f"gpu-{n}", "gpu", "h100", 4.5, 1.0 - n % 10 * 0.05) for n in range(each)),
     ]
 
 

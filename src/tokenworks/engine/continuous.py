@@ -9,6 +9,7 @@ closed form (`cost.linear`), exactly as if one by one. So the work here grows wi
 with tokens.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from math import isqrt
@@ -32,6 +33,7 @@ class _Member:
         "done",
         "energy_nj",
         "finish_step",
+        "from_step",
         "has_begun",
         "hit_tokens",
         "order",
@@ -54,6 +56,7 @@ class _Member:
         self.hit_tokens = 0  # of the prompt, found in the cache when it was first read
         self.has_begun = work.is_read  # said something here
         self.start_step = self.finish_step = -1
+        self.from_step = 0  # the first that can read it
         self.stopped_ps = -1  # when it was preempted
         self.energy_nj = 0
         self.share_nj = 0  # what a sequence that always decoded had cost when this one began to
@@ -129,6 +132,7 @@ class ContinuousBatch(Engine):
         self.blocks.clear()
         self._members: dict[int, _Member] = {}
         self._waiting: list[_Member] = []  # a heap
+        self._coming: deque[_Member] = deque()  # who waits for a step that is not yet decided on
         self._running: dict[int, _Member] = {}
         self._reading: list[_Member] = []
         self._decoding = Contexts(self.prepared.reaches)
@@ -158,7 +162,13 @@ class ContinuousBatch(Engine):
             self._notices.append(Notice("refused", work.id, now_ns))
             return
         self._members[work.id] = member
-        heappush(self._waiting, member)
+        if self.limits.async_scheduling and self._plan is not None:
+            # The next step was decided on when the running one began.
+            over = self._plan.whole_steps(self._now(now_ns) - self._begin_ps)
+            member.from_step = self._step + over + 2
+            self._coming.append(member)
+        else:
+            heappush(self._waiting, member)
         self._look(now_ns * PS_PER_NS)
 
     def _look(self, now_ps: int) -> None:
@@ -168,6 +178,9 @@ class ContinuousBatch(Engine):
         if self._plan is None:
             self._begin_ps = max(self._begin_ps, now_ps)
             self._schedule()
+        elif self._coming:
+            steps = min(self._plan.steps, self._coming[0].from_step - self._step)
+            self._plan = self._plan._replace(steps=steps)
         elif self._plan.steps > 1 and self._waiting and self._fits(self._waiting[0]):
             self._cut(now_ps)
 
@@ -183,9 +196,13 @@ class ContinuousBatch(Engine):
         member = self._members.pop(ident, None)
         if member is None:
             return None
-        if ident not in self._running:
-            self._waiting.remove(member)
-            heapify(self._waiting)
+        # (One that was taken off and came back waits, while its step before still runs.)
+        if self._running.get(ident) is not member:
+            if member in self._coming:
+                self._coming.remove(member)
+            else:
+                self._waiting.remove(member)
+                heapify(self._waiting)
             return Lost(ident, member.done, member.energy_nj)
         now_ps = self._now(now_ns)
         self._settle(now_ps)
@@ -288,7 +305,8 @@ class ContinuousBatch(Engine):
 
     def load(self) -> Load:
         """Its telemetry as of the last `advance`."""
-        return Load(len(self._running), len(self._waiting), self.blocks.used, self.blocks.total)
+        waiting = len(self._waiting) + len(self._coming)
+        return Load(len(self._running), waiting, self.blocks.used, self.blocks.total)
 
     @property
     def unshared_nj(self) -> int:
@@ -429,6 +447,7 @@ class ContinuousBatch(Engine):
 
     def _schedule(self) -> None:
         """Decide on what happens next, at the moment a step ends."""
+        self._let_in()
         preempted = self._make_room()
         chunks: list[tuple[_Member, int]] = []
         count = self._decoding.count
@@ -471,9 +490,16 @@ class ContinuousBatch(Engine):
             self._plan = self._reading_plan(count, chunks)
         elif count:
             # Who waits is not looked at in a step that preempts, but in the next one.
-            self._plan = self._decoding_plan(count, 1 if preempted and self._waiting else FOREVER)
+            most = self._coming[0].from_step - self._step if self._coming else FOREVER
+            self._plan = self._decoding_plan(count, 1 if preempted and self._waiting else most)
         else:
             self._plan = None
+
+    def _let_in(self) -> None:
+        """See who came in time for this step, or anyone if there is nothing else to do."""
+        is_idle = not self._running and not self._waiting
+        while self._coming and (is_idle or self._coming[0].from_step <= self._step):
+            heappush(self._waiting, self._coming.popleft())
 
     def _make_room(self) -> bool:
         """Preempt until each decoding sequence has room for its next token."""

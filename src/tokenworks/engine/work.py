@@ -13,9 +13,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An engine's settings, named like vLLM's where it has them.
 
     `step_tokens`: tokens a step may work on (max_num_batched_tokens). `kv_blocks`: how many blocks
-    the cache has; what fits beside the weights if None. `context_tokens`, `decode_fraction`: of a
-    static pipeline only; what a slot may hold, and the share of the pipeline's turns that decode
-    (the others read prompts).
+    the cache has; what fits beside the weights if None. `async_scheduling`: each step is decided on
+    when the one before begins, so that who comes waits for one more (vLLM's default since 0.14).
+    `context_tokens`, `decode_fraction`: of a static pipeline only; what a slot may hold, and the
+    share of the pipeline's turns that decode (the others read prompts).
     """
 
     sequences: int = 256
@@ -23,6 +24,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     block_tokens: int = 16
     kv_blocks: int | None = None
     prefix_cache: bool = True
+    async_scheduling: bool = False
     context_tokens: int = 8192
     decode_fraction: float = 0.75
 

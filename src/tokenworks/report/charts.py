@@ -20,7 +20,7 @@ _CLASSES: Final = ("realtime", "standard", "flex", "batch")
 _COLOURS: Final = 8  # in the style sheet: --c0 to --c7
 _LEAST: Final = 1e-4  # the smallest share that a chart of latencies goes down to
 _POINTS: Final = 60
-_ENOUGH: Final = 40  # promises, for a share of them that is not mere chance
+_ENOUGH: Final = 40  # requests in a stretch, for what is said of it not to be mere chance
 _PREFIXES: Final = (("G", 1e9), ("M", 1e6), ("k", 1e3))
 _LINES: Final = 4  # more than that side by side can't be told apart
 _NAME: Final = 22  # characters of a name beside a chart
@@ -98,7 +98,7 @@ def latencies(run: Run, kind: str) -> Chart | None:
         told = f"%{{y:.3~g}} % took %{{text}} or more<extra>{plain(name)}</extra>"
         data.append(
             _line(times, [100 * left for left in shares], name, f"@{paint[name]}")
-            | {"text": [digits.measure(time, "s") for time in times], "hovertemplate": told}
+            | {"text": [digits.latency(time * NS_PER_S) for time in times], "hovertemplate": told}
         )
         bound_ns: int | None = getattr(parts[name], f"{kind}_bound_ns")
         if bound_ns is not None:
@@ -168,8 +168,9 @@ def goodput(summary: Summary) -> Chart | None:
     legend = []
     offered: NDArray[np.float64] | None = None
     times: list[float] = []
+    stretches = min(max(summary.total.requests // _ENOUGH, 6), 2 * _POINTS)
     for name in ordered(list(summary.over_time)):
-        step_s, at, table = _merged(summary.over_time[name], summary.slot_s, 2 * _POINTS)
+        step_s, at, table = _merged(summary.over_time[name], summary.slot_s, stretches)
         times = [time / size for time in at]
         offered = table[:, 0] / step_s if offered is None else offered + table[:, 0] / step_s
         data.append(_area(times, (table[:, 1] / step_s).tolist(), name, f"@{paint[name]}"))

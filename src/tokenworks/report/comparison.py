@@ -118,9 +118,11 @@ def _told(groups: Sequence[_Group]) -> str:
 def _lead(rivals: Sequence[_Group], measure: _Measure, opening: str, *, most: bool) -> str:
     known = [(found, group) for group in rivals if (found := group.of(measure)) is not None]
     known.sort(key=lambda pair: pair[0].mean, reverse=most)
-    if len(known) < 2 or known[0][0].mean == known[1][0].mean:
+    if len(known) < 2:
         return ""
     (first, leader), (second, follower) = known[:2]
+    if measure.said(first.mean, 3) == measure.said(second.mean, 3):
+        return ""
     if first.half is None or second.half is None:
         doubt = "A single seed can't tell this from chance."
     elif first.apart(second):

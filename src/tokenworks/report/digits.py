@@ -20,8 +20,8 @@ def measure(value: float | None, unit: str, places: int = 3) -> str:
 
 
 def latency(value_ns: float | None) -> str:
-    """A time that a request took, of nanoseconds."""
-    return measure(None if value_ns is None else value_ns / NS_PER_S, "s")
+    """A time that a request took, of nanoseconds; batches may take hours."""
+    return DASH if value_ns is None else duration(value_ns / NS_PER_S)
 
 
 def rate(value_per_s: float | None, places: int = 3) -> str:
@@ -51,7 +51,7 @@ def usd(value: float | None) -> str:
     """Dollars and cents; three digits of what is less than one."""
     if value is None:
         return DASH
-    if value >= 1000:
+    if value >= 999.995:
         return f"${value:,.0f}"
     return f"${value:.2f}" if value >= 1 or value == 0 else f"${value:#.3g}"
 

@@ -41,7 +41,7 @@ class _Event(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     ph: str
     pid: int
     tid: int
-    ts: float = 0.0
+    ts: float | None = None
     dur: float | None = None
     cat: str = ""
     s: str = ""

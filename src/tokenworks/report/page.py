@@ -37,7 +37,7 @@ def page(run: Run) -> str:
     )
     html = (
         section("In short", _headline(run), paragraphs(prose.told(run)), points(run.notes)),
-        section("Service classes", tables.classes(summary)),
+        section("Service classes", tables.classes(summary) if summary.total.requests else ""),
         section("How long requests took", grid(*_latencies(run))),
         section("Over time", grid(*_over_time(run))),
         section("Energy and cost", grid(*_energy(summary))),

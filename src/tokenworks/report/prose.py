@@ -51,7 +51,9 @@ def _worst(summary: Summary) -> list[str]:
     worst = min(summary.classes, key=lambda part: part.attainment)
     if worst.attainment >= summary.total.attainment:
         return []
-    return [f"The class with the fewest is {worst.service_class}: {_share(worst.attainment)}."]
+    return [
+        f"Worst off was {worst.service_class}, with {_share(worst.attainment)} within every bound."
+    ]
 
 
 def _in_time(summary: Summary) -> list[str]:

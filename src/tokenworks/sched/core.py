@@ -32,7 +32,7 @@ from tokenworks.sched.messages import (
     ServiceClass,
     Stopped,
 )  # fmt: skip
-from tokenworks.sched.offers import Offer, Offers
+from tokenworks.sched.offers import Offer, Offers, cheapest, fill
 from tokenworks.sched.power import Power
 from tokenworks.sched.promise import Mean
 from tokenworks.sched.replica import Replica, Spec
@@ -65,7 +65,7 @@ class Scheduler:
         self._gaps = {name: Mean(NS_PER_S / 10) for name in CLASSES}  # between leaving the queue
         self._left_ns = dict.fromkeys(CLASSES, -1)
         self._out: list[Command] = []
-        self._tick_ns = 0
+        self._tick_ns = self._now_ns = 0
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Arrived: self._arrived,
             FirstToken: self._first_token,
@@ -83,6 +83,7 @@ class Scheduler:
 
     def handle(self, event: Event | None, now_ns: int) -> list[Command]:
         """What to do now that `event` happened; None: it is the time it asked to be woken."""
+        self._now_ns = now_ns
         if event is None:
             self._wake(now_ns)
         else:
@@ -125,7 +126,7 @@ class Scheduler:
         offers = self.offers.all(job, now_ns)
         keeping = [offer for offer in offers if offer.keeps(job)]
         if keeping:
-            self._dispatch(job, min(keeping, key=lambda offer: offer.cost), now_ns)
+            self._dispatch(job, cheapest(keeping), now_ns)
             return
         offer = self._by_yielding(job, now_ns)
         if offer is not None:
@@ -181,7 +182,7 @@ class Scheduler:
         self._number(job, replica)
         job.promise = Promise(
             int(job.forecast_ttft_ns * self.offers.ttft[pool, True].factor),
-            int(job.forecast_tpot_ns * self.offers.tpot[pool].factor),
+            int(job.forecast_tpot_ns * self.offers.tpot[pool].factor(job.fill)),
             self.rules.policy.confidence,
             read_j,
             token_j,
@@ -207,13 +208,13 @@ class Scheduler:
             replica = offer.replica
             if wait_ns is not None and replica.reading_ns(now_ns) > wait_ns:
                 continue
-            bound_ns = tightest(bounds_ns, replica, self.offers.tpot[replica.spec.pool].factor)
-            if bound_ns is None or offer.tpot_ns <= bound_ns:
+            bound_ns = tightest(bounds_ns, replica, self.offers.tpot[replica.spec.pool].factor(0))
+            if (bound_ns is None or offer.tpot_ns <= bound_ns) and not offer.harms:
                 fitting.append(offer)
         if not fitting:
             return False
         keeping = [offer for offer in fitting if offer.keeps(job)]
-        self._dispatch(job, min(keeping or fitting, key=lambda offer: offer.cost), now_ns)
+        self._dispatch(job, cheapest(keeping or fitting), now_ns)
         return True
 
     def _by_yielding(self, job: Job, now_ns: int) -> Offer | None:
@@ -280,6 +281,7 @@ class Scheduler:
 
     def _number(self, job: Job, replica: Replica) -> None:
         self._promised[replica.spec.pool] += 1
+        job.fill = fill(replica)
         job.promise_number = self._promised[replica.spec.pool]
 
     # Answers
@@ -291,6 +293,9 @@ class Scheduler:
     def _reject(self, job: Job, status: int, reason: str, retry_ns: int | None) -> None:
         job.enter(Stage.DONE)
         del self.jobs[job.arrived.id]
+        # A prompt may be too long for its bound anywhere: that says nothing about room.
+        if status == 429 and reason != "ttft_bound":
+            self.offers.tight_ns = self._now_ns
         if retry_ns is not None:
             retry_ns = max(retry_ns, _LEAST_RETRY_NS)
         self._out.append(Reject(job.arrived.id, status, reason, retry_ns))
@@ -347,6 +352,8 @@ class Scheduler:
         del self.jobs[event.id]
         name = job.arrived.service_class
         self._outputs[name].learn(event.output_tokens)
+        if job.tpot_bound_ns is not None:
+            self.offers.written_tokens = self._outputs[name].value
         said = event.output_tokens - 1 - job.done_tokens
         if said > 0 and job.written_ns >= 0 and not was_stopping and not job.done_tokens:
             tpot_ns = (now_ns - job.written_ns) / said
@@ -354,6 +361,7 @@ class Scheduler:
             if job.promise is not None:
                 pool = self.replicas[job.promised_by].spec.pool
                 self.offers.tpot[pool].learn(
+                    job.fill,
                     job.forecast_tpot_ns,
                     job.promise.tpot_ns,
                     tpot_ns,

@@ -34,7 +34,7 @@ class Job:
     """
 
     __slots__ = (
-        "accepted", "arrived", "arrived_ns", "avoided", "context", "done_tokens",
+        "accepted", "arrived", "arrived_ns", "avoided", "context", "done_tokens", "fill",
         "forecast_tpot_ns", "forecast_ttft_ns", "need_tokens", "output_tokens", "prior_tpot_ns",
         "prior_ttft_ns", "promise", "promise_number", "promised_by", "queued_ns", "read_tokens",
         "replica", "sent_ns", "stage", "tpot_bound_ns", "ttft_bound_ns", "was_queued", "written_ns",
@@ -54,6 +54,7 @@ class Job:
         self.context = arrived.prompt_tokens + output_tokens / 2
         self.read_tokens = arrived.prompt_tokens
         self.promise: Promise | None = None
+        self.fill = 0  # of the replica that promised, then
         self.promise_number = 0  # of those made for its pool
         self.prior_ttft_ns = self.prior_tpot_ns = 0.0
         self.forecast_ttft_ns = self.forecast_tpot_ns = 0.0

@@ -1,13 +1,24 @@
 """What each replica could do for a request: the forecasts made into promises, and their price."""
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from tokenworks.sched.config import Rules
 from tokenworks.sched.job import Job
 from tokenworks.sched.power import Power
 from tokenworks.sched.prefixes import PrefixIndex
-from tokenworks.sched.promise import Calibrator
+from tokenworks.sched.promise import Calibrator, Conditional
 from tokenworks.sched.replica import Replica
+from tokenworks.units import NS_PER_S
+
+_FILLS: Final = 5
+_CALM_NS: Final = 60 * NS_PER_S  # without a refusal, after which saving goes first again
+_WRITTEN_TOKENS: Final = 256.0  # of an answer, before any was seen
+
+
+def fill(replica: Replica) -> int:
+    """How full it is, as a condition of promises: the fuller, the less one request more matters."""
+    return min(len(replica.jobs).bit_length(), _FILLS - 1)
 
 
 class Offer:
@@ -15,6 +26,7 @@ class Offer:
 
     __slots__ = (
         "cost",
+        "harm_ns",
         "read_j",
         "replica",
         "token_j",
@@ -29,15 +41,24 @@ class Offer:
         self.replica, self.tokens = replica, tokens
         self.cost = self.read_j = self.token_j = 0.0
         self.ttft_ns = self.tpot_ns = self.ttft_prior_ns = self.tpot_prior_ns = 0.0
+        self.harm_ns = 0.0  # time per token of those who write there, while its prompt is read
 
     def keeps(self, job: Job) -> bool:
-        """Whether it meets the request's bounds, and leaves those it has theirs."""
+        """Whether it meets the request's bounds."""
         if job.ttft_bound_ns is not None and self.ttft_ns > job.ttft_bound_ns:
             return False
-        if job.tpot_bound_ns is not None and self.tpot_ns > job.tpot_bound_ns:
-            return False
+        return job.tpot_bound_ns is None or self.tpot_ns <= job.tpot_bound_ns
+
+    @property
+    def harms(self) -> bool:
+        """Whether it would probably break a bound of somebody who is there."""
         tightest_ns = self.replica.tightest_ns
-        return tightest_ns is None or self.tpot_ns <= tightest_ns
+        return tightest_ns is not None and self.harm_ns > tightest_ns
+
+
+def cheapest(offers: Sequence[Offer]) -> Offer:
+    """The one to take: of those that harm nobody, if there are any."""
+    return min(offers, key=lambda offer: (offer.harms, offer.cost))
 
 
 class Offers:
@@ -51,8 +72,10 @@ class Offers:
         self.ttft: Mapping[tuple[str, bool], Calibrator] = {
             (pool, queued): Calibrator(confidence) for pool in pools for queued in (False, True)
         }
-        self.tpot: Mapping[str, Calibrator] = {pool: Calibrator(confidence) for pool in pools}
+        self.tpot = {pool: Conditional(confidence, _FILLS) for pool in pools}
         self._prefixes: PrefixIndex | None = None
+        self.written_tokens = _WRITTEN_TOKENS  # of an answer with a bound
+        self.tight_ns = -_CALM_NS  # when somebody was last refused for want of room
 
     def all(self, job: Job, now_ns: int) -> list[Offer]:
         """Of each replica with room for the request; of idle ones of a pool, which are all alike,
@@ -91,17 +114,20 @@ class Offers:
         ttft_ns = offer.ttft_prior_ns * replica.ttft_drift.factor
         tpot_ns = offer.tpot_prior_ns * replica.tpot_drift.factor
         offer.ttft_ns = ttft_ns * self.ttft[pool, False].factor
-        offer.tpot_ns = tpot_ns * self.tpot[pool].factor
+        offer.tpot_ns = tpot_ns * self.tpot[pool].factor(fill(replica))
+        own_ns = replica.forecast.alone(tokens)[0]
+        offer.harm_ns = tpot_ns + (replica.reading_ns(now_ns) + own_ns) / self.written_tokens
         offer.read_j, offer.token_j = replica.joules(job, tokens)
-        if self._route == "energy":
+        if now_ns - self.tight_ns < _CALM_NS or self._route == "latency":
+            # Its own time, and what reading it costs those who are there.
+            offer.cost = ttft_ns + job.output_tokens * tpot_ns + own_ns * len(replica.jobs)
+        elif self._route == "energy":
             offer.cost = offer.read_j + job.output_tokens * offer.token_j
-        elif self._route == "cost":
+        else:
             # The share of a replica's time that it takes, at the replica's price.
             others = len(replica.jobs) + 1
             busy_ns = job.output_tokens * tpot_ns / others + replica.forecast.alone(tokens)[0]
             offer.cost = (replica.spec.usd_per_s or 0.0) * busy_ns
-        else:
-            offer.cost = ttft_ns + job.output_tokens * tpot_ns
         return offer
 
     def sent(self, job: Job, replica: Replica) -> None:

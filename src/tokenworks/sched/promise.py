@@ -18,6 +18,7 @@ _FEW: Final = 25  # scores below which a forecast is hardly known: the prior mar
 _PRIOR: Final = 0.7  # log of the factor on a forecast that nothing is known about
 _RATE: Final = 0.5  # of the correction, for one promise at a time and `_EASE` more
 _EASE: Final = 20
+_ENOUGH: Final = 100  # scores for a condition of its own
 _MOST: Final = 1.5  # how far the correction goes
 _LEARN: Final = 0.06  # weight of a new score in the running mean
 
@@ -31,6 +32,11 @@ class Calibrator:
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []
         self.factor = exp(_PRIOR)  # what to multiply a forecast by
+
+    @property
+    def count(self) -> int:
+        """Scores it has."""
+        return len(self._sorted)
 
     def _quantile(self) -> float:
         scores, count = self._sorted, len(self._sorted)
@@ -55,6 +61,26 @@ class Calibrator:
         if len(self._sorted) < _FEW:
             known = max(known, _PRIOR)
         self.factor = exp(known + self._correction)
+
+
+class Conditional:
+    """Calibrators for several conditions; one for all of them where little is known of one."""
+
+    def __init__(self, confidence: float, conditions: int) -> None:
+        self._all = Calibrator(confidence)
+        self._each = [Calibrator(confidence) for _ in range(conditions)]
+
+    def factor(self, condition: int) -> float:
+        """What to multiply a forecast by."""
+        own = self._each[condition]
+        return own.factor if own.count >= _ENOUGH else self._all.factor
+
+    def learn(
+        self, condition: int, forecast_ns: float, promised_ns: float, actual_ns: float, since: int
+    ) -> None:
+        """What became of a promise made under a condition."""
+        self._all.learn(forecast_ns, promised_ns, actual_ns, since)
+        self._each[condition].learn(forecast_ns, promised_ns, actual_ns, since)
 
 
 class Drift:

@@ -14,8 +14,9 @@
     return key.endsWith("color") ? painted(value) : value;
   });
 
-  const axis = (own) => ({
-    automargin: true,
+  const axis = (side, own) => ({
+    // Room on its own side only: pushed from all sides at once, some charts never settle.
+    automargin: side,
     gridcolor: variable("line"),
     zeroline: false,
     ticklabelstandoff: 6,
@@ -23,9 +24,9 @@
     ...own,
     title: { standoff: 8, font: { size: 12 }, ...own.title },
   });
-  const layout = (own) => ({
+  const layout = (own, width) => ({
     height: 300,
-    margin: { l: 8, r: 12, t: 8, b: 8 },
+    margin: { l: 8, r: 20, t: 10, b: 8 },
     showlegend: false,
     dragmode,
     hovermode: "closest",
@@ -39,8 +40,13 @@
       namelength: -1,
     },
     ...own,
-    xaxis: axis({ linecolor: variable("edge"), ...own.xaxis }),
-    yaxis: axis(own.yaxis),
+    xaxis: axis("bottom", {
+      linecolor: variable("edge"),
+      // About 60 pixels for a label, beside names or numbers on the left.
+      nticks: Math.max(Math.floor((width - (own.yaxis.ticktext ? 130 : 40)) / 60), 3),
+      ...own.xaxis,
+    }),
+    yaxis: axis("left", own.yaxis),
   });
   const config = { displayModeBar: false, responsive: true };
 
@@ -72,7 +78,7 @@
     const draw = () => {
       const { data, layout: own } = read(source);
       for (const trace of data) trace.visible = !hidden.has(trace.legendgroup);
-      Plotly.react(place, data, layout(own), config);
+      Plotly.react(place, data, layout(own, place.clientWidth), config);
     };
     const entries = read(source).legend;
     if (entries.length > 1) place.before(legend(entries, hidden, draw));
