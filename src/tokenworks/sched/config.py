@@ -87,6 +87,30 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise UserError(f"policy.outstanding is {self.outstanding}", "It must be above zero.")
 
 
+class ScaleRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a pool grows and shrinks: never below `least` replicas; one more where those that are on
+    are fuller than `full_fraction` of what bounds or seats allow; one fewer where the rest would
+    have done for `idle_s`. `warm_s`: from being turned on to being ready.
+    """
+
+    least: int = 1
+    warm_s: float = 60.0
+    idle_s: float = 120.0
+    full_fraction: float = 0.7
+
+    def check(self, place: str) -> None:
+        """Raise UserError, naming `place`, for a number that can't be."""
+        if self.least < 0:
+            raise UserError(f"{place}.least is {self.least}", "It must be 0 or above.")
+        for name in ("warm_s", "idle_s"):
+            value = getattr(self, name)
+            if not 0 <= value < 1e9:
+                raise UserError(f"{place}.{name} is {value}", "It must be 0 s or above.")
+        if not 0 < self.full_fraction < 1:
+            told = f"{place}.full_fraction is {self.full_fraction}"
+            raise UserError(told, "It must be between 0 and 1.")
+
+
 class Tenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A tenant's share of what is scarce, by weight."""
 
@@ -100,6 +124,7 @@ class Rules(msgspec.Struct, frozen=True):
     policy: Policy = Policy()
     tenants: Mapping[str, Tenant] = {}
     cap_w: float | None = None
+    scale: Mapping[str, ScaleRules] = {}  # of pools that grow and shrink
 
     def check(self) -> None:
         """Raise UserError, naming the key, for what contradicts itself."""
@@ -122,6 +147,8 @@ class Rules(msgspec.Struct, frozen=True):
                         f"classes.realtime.{field} is {fast:g}, looser than standard's {slow:g}",
                         "Real-time bounds must be the tighter ones.",
                     )
+        for name, scale in self.scale.items():
+            scale.check(f"{name}.scale")
         for name, tenant in self.tenants.items():
             if not 0 < tenant.weight < 1e9:
                 told = f"tenants.{name}.weight is {tenant.weight}"

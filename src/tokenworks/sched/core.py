@@ -36,12 +36,12 @@ from tokenworks.sched.offers import Offer, Offers, cheapest, fill
 from tokenworks.sched.power import Power
 from tokenworks.sched.promise import Mean
 from tokenworks.sched.replica import Replica, Spec
+from tokenworks.sched.scale import Scale
 from tokenworks.sched.share import FairQueue
+from tokenworks.sched.yielding import make_room
 from tokenworks.units import NS_PER_S
 
 _TICK_NS: Final = NS_PER_S
-_PRIORITY: Final[dict[ServiceClass, int]] = {"realtime": 0, "standard": 1, "flex": 2, "batch": 3}
-_YIELDS: Final = ("flex", "batch")  # give way to the others
 _EXPECTED_TOKENS: Final = 256.0  # of an answer, before any was seen
 _LEAST_RETRY_NS: Final = NS_PER_S // 10
 
@@ -60,6 +60,8 @@ class Scheduler:
         self._classes = {name: rules.classes.get(name, ClassRules()) for name in CLASSES}
         self.offers = Offers(self.replicas, rules, self.power)
         self._guard = Guard(self._classes, rules.policy)
+        bounds = [c.tpot_ns for c in rules.classes.values() if c.tpot_ns is not None]
+        self._scale = Scale(self.replicas, rules.scale, min(bounds, default=None))
         self._promised = dict.fromkeys((spec.pool for spec in specs), 0)  # promises by each pool
         self._outputs = {name: Mean(_EXPECTED_TOKENS) for name in CLASSES}
         self._gaps = {name: Mean(NS_PER_S / 10) for name in CLASSES}  # between leaving the queue
@@ -93,7 +95,7 @@ class Scheduler:
 
     def next_wakeup_ns(self) -> int | None:
         """When it wants to be called with None, if nothing happens before."""
-        return self._tick_ns + _TICK_NS if self.jobs else None
+        return self._tick_ns + _TICK_NS if self.jobs or self._scale.is_due else None
 
     # Requests come
 
@@ -108,7 +110,7 @@ class Scheduler:
             job.ttft_bound_ns = rules.ttft_ns
         if job.tpot_bound_ns is None:
             job.tpot_bound_ns = rules.tpot_ns
-        if not self.jobs:
+        if self.next_wakeup_ns() is None:
             self._tick_ns = now_ns
         self.jobs[event.id] = job
         if not any(replica.can_hold(job) for replica in self.replicas):
@@ -128,8 +130,11 @@ class Scheduler:
         if keeping:
             self._dispatch(job, cheapest(keeping), now_ns)
             return
-        offer = self._by_yielding(job, now_ns)
-        if offer is not None:
+        found = make_room(job, self.replicas, self.offers, self.power, now_ns)
+        if found is not None:
+            offer, gone = found
+            for other in gone:
+                self._stop(other)
             self._dispatch(job, offer, now_ns)
             return
         if not offers:
@@ -217,38 +222,6 @@ class Scheduler:
         self._dispatch(job, cheapest(keeping or fitting), now_ns)
         return True
 
-    def _by_yielding(self, job: Job, now_ns: int) -> Offer | None:
-        """Make room by taking flex and batch work off a replica, as much as it needs."""
-        hits = self.offers.hits(job)
-        for replica in sorted(self.replicas, key=lambda r: len(r.jobs)):
-            if replica.state != "up":
-                continue
-            yielding = [
-                other
-                for other in replica.jobs.values()
-                if other.arrived.service_class == "batch"
-                or (other.arrived.service_class == "flex" and other.stage is Stage.READING)
-            ]
-            if not yielding:
-                continue
-            # The youngest first: they lose least. Half of them, then all.
-            yielding.reverse()
-            for count in sorted({max(len(yielding) // 2, 1), len(yielding)}):
-                gone = yielding[:count]
-                for other in gone:
-                    replica.remove(other, now_ns)
-                fits = replica.has_room(job) and self.power.allows(replica)
-                offer = self.offers.of(job, replica, hits.get(replica.index, 0), now_ns)
-                if fits and offer.keeps(job):
-                    for other in gone:
-                        self._stop(other)
-                    return offer
-                for other in gone:
-                    replica.add(other, 1, now_ns)
-                    if other.stage is Stage.WRITING:
-                        replica.read(other, now_ns)
-        return None
-
     def _stop(self, job: Job) -> None:
         job.enter(Stage.STOPPING)
         self._out.append(Abort(job.arrived.id, job.replica))
@@ -277,7 +250,7 @@ class Scheduler:
         self.offers.sent(job, replica)
         name = job.arrived.service_class
         self._queues[name].charge(job.arrived.tenant, job.read_tokens + job.output_tokens)
-        self._out.append(Dispatch(job.arrived.id, replica.index, _PRIORITY[name]))
+        self._out.append(Dispatch(job.arrived.id, replica.index, CLASSES.index(name)))
 
     def _number(self, job: Job, replica: Replica) -> None:
         self._promised[replica.spec.pool] += 1
@@ -453,6 +426,10 @@ class Scheduler:
                 self._out.append(Log(f"{replica.spec.name} is silent: taken for hung"))
                 self._lose(replica)
                 replica.retry_ns = now_ns + round(policy.retry_s * NS_PER_S)
+        pressed = self.offers.is_tight(now_ns) or any(
+            queue for name, queue in self._queues.items() if name != "batch"
+        )
+        self._out += self._scale.decide(now_ns, pressed=pressed)
         self._pump(now_ns)
 
     def _lose(self, replica: Replica) -> None:
@@ -496,14 +473,7 @@ class Scheduler:
 
     def _power_cap_changed(self, event: PowerCapChanged, now_ns: int) -> None:
         self.power.cap_w = event.cap_w
-        order = sorted(self.replicas, key=_worth)
-        for replica in order:
-            if not self.power.is_over:
-                break
-            if not replica.jobs:
-                continue
-            if any(j.arrived.service_class == "realtime" for j in replica.jobs.values()):
-                continue
+        for replica in self.power.victims():
             for job in list(replica.jobs.values()):
                 if job.stage is not Stage.STOPPING:
                     self._stop(job)
@@ -512,9 +482,3 @@ class Scheduler:
             told = f"realtime work keeps {self.power.reserved_w:.0f} W reserved, over the cap of"
             self._out.append(Log(f"{told} {event.cap_w:.0f} W"))
         self._pump(now_ns)
-
-
-def _worth(replica: Replica) -> tuple[int, int]:
-    """How much is lost if its work stops: its most urgent class, how many."""
-    ranks = [_PRIORITY[job.arrived.service_class] for job in replica.jobs.values()]
-    return (-min(ranks, default=9), len(ranks))

@@ -77,6 +77,10 @@ class Offers:
         self.written_tokens = _WRITTEN_TOKENS  # of an answer with a bound
         self.tight_ns = -_CALM_NS  # when somebody was last refused for want of room
 
+    def is_tight(self, now_ns: int) -> bool:
+        """Whether somebody was refused lately for want of room: saving goes second then."""
+        return now_ns - self.tight_ns < _CALM_NS
+
     def all(self, job: Job, now_ns: int) -> list[Offer]:
         """Of each replica with room for the request; of idle ones of a pool, which are all alike,
         the first.
@@ -118,7 +122,7 @@ class Offers:
         own_ns = replica.forecast.alone(tokens)[0]
         offer.harm_ns = tpot_ns + (replica.reading_ns(now_ns) + own_ns) / self.written_tokens
         offer.read_j, offer.token_j = replica.joules(job, tokens)
-        if now_ns - self.tight_ns < _CALM_NS or self._route == "latency":
+        if self._route == "latency" or self.is_tight(now_ns):
             # Its own time, and what reading it costs those who are there.
             offer.cost = ttft_ns + job.output_tokens * tpot_ns + own_ns * len(replica.jobs)
         elif self._route == "energy":

@@ -1,7 +1,9 @@
 """A cap on the watts of the whole fleet: who works has its worst case set aside."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from tokenworks.sched.config import CLASSES
+from tokenworks.sched.messages import ServiceClass
 from tokenworks.sched.replica import Replica
 
 
@@ -20,11 +22,8 @@ class Power:
     def _reserved(self, replica: Replica) -> float:
         if replica.state == "off":
             return 0.0
-        return (
-            max(replica.forecast.peak_w, replica.spec.idle_w)
-            if replica.jobs
-            else (replica.spec.idle_w)
-        )
+        idle_w = replica.spec.idle_w
+        return max(replica.forecast.peak_w, idle_w) if replica.jobs else idle_w
 
     def allows(self, replica: Replica) -> bool:
         """Whether a request more may go there."""
@@ -33,7 +32,28 @@ class Power:
         more = replica.forecast.peak_w - replica.spec.idle_w
         return self.reserved_w + max(more, 0.0) <= self.cap_w
 
+    def victims(self) -> Iterator[Replica]:
+        """Whose work must stop: one after the other, the least urgent first, until the cap holds.
+        What is real-time goes on.
+        """
+        for replica in sorted(self._replicas, key=_worth):
+            if not self.is_over:
+                return
+            if replica.jobs and _most_urgent(replica) != "realtime":
+                yield replica
+
     @property
     def is_over(self) -> bool:
         """Whether more is set aside than may be drawn."""
         return self.cap_w is not None and self.reserved_w > self.cap_w
+
+
+def _most_urgent(replica: Replica) -> ServiceClass:
+    return min((job.arrived.service_class for job in replica.jobs.values()), key=CLASSES.index)
+
+
+def _worth(replica: Replica) -> tuple[int, int]:
+    """How much is lost if its work stops: its most urgent class, how many."""
+    if not replica.jobs:
+        return (-len(CLASSES), 0)
+    return (-CLASSES.index(_most_urgent(replica)), len(replica.jobs))

@@ -1,0 +1,87 @@
+"""How many replicas of a pool are on: more where requests had to wait or were refused, fewer where
+the rest could do the work.
+
+A replica takes its time to get warm, and one that has work is drained before it is turned off.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+from tokenworks.sched.config import ScaleRules
+from tokenworks.sched.messages import Command, Start, Stop
+from tokenworks.sched.replica import Replica
+from tokenworks.units import NS_PER_S
+
+_CONTEXT_TOKENS: Final = 1000.0  # of a request, for a pool that has none to go by
+
+
+class Scale:
+    """The pools that `rules` names. `bound_ns`: the tightest time per token asked for, if any."""
+
+    def __init__(
+        self, replicas: Sequence[Replica], rules: Mapping[str, ScaleRules], bound_ns: int | None
+    ) -> None:
+        self._pools = {
+            name: [replica for replica in replicas if replica.spec.pool == name] for name in rules
+        }
+        self._rules, self._bound_ns = rules, bound_ns
+        self._calm_ns = dict.fromkeys(rules, 0)  # since when one fewer would do
+
+    @property
+    def is_due(self) -> bool:
+        """Whether time alone can change something."""
+        return any(
+            sum(replica.state in ("up", "draining") for replica in pool) > self._rules[name].least
+            for name, pool in self._pools.items()
+        )
+
+    def decide(self, now_ns: int, *, pressed: bool) -> Iterator[Command]:
+        """What to turn on or off; `pressed`: somebody waits, or was refused lately."""
+        for name, pool in self._pools.items():
+            rules = self._rules[name]
+            for replica in pool:
+                if replica.state == "draining" and not replica.jobs:
+                    replica.state = "off"
+                    yield Stop(replica.index)
+            on = [replica for replica in pool if replica.state in ("up", "trial")]
+            full = pressed or not on or self._would_be_full(on, len(on), rules)
+            if full or not self._one_fewer_does(on, rules):
+                self._calm_ns[name] = now_ns
+            if full:
+                yield from self._more(pool)
+            elif len(on) > rules.least and now_ns - self._calm_ns[name] >= (
+                rules.idle_s * NS_PER_S
+            ):
+                self._calm_ns[name] = now_ns
+                least = min(on, key=lambda replica: len(replica.jobs))
+                least.state = "draining"
+
+    def _more(self, pool: Sequence[Replica]) -> Iterator[Command]:
+        """One at a time; one that is being drained is warm already."""
+        draining = next((replica for replica in pool if replica.state == "draining"), None)
+        if draining is not None:
+            draining.state = "up"
+            return
+        if any(replica.state == "starting" for replica in pool):
+            return
+        off = next((replica for replica in pool if replica.state == "off"), None)
+        if off is not None:
+            off.state = "starting"
+            yield Start(off.index)
+
+    def _one_fewer_does(self, on: Sequence[Replica], rules: ScaleRules) -> bool:
+        return len(on) > 1 and not self._would_be_full(on, len(on) - 1, rules)
+
+    def _would_be_full(self, on: Sequence[Replica], count: int, rules: ScaleRules) -> bool:
+        """Whether `count` replicas would be, with all the work that is on these."""
+        jobs = sum(len(replica.jobs) for replica in on)
+        each = -(-jobs // count)
+        spec = on[0].spec
+        if each > rules.full_fraction * spec.seats:
+            return True
+        if self._bound_ns is None or not jobs:
+            return False
+        context = sum(replica.context_tokens for replica in on) / jobs or _CONTEXT_TOKENS
+        step_ns = on[0].forecast.step_ns(each, each * context) / spec.tokens_per_step
+        alone_ns = on[0].forecast.step_ns(1, context) / spec.tokens_per_step
+        return alone_ns < self._bound_ns and step_ns > rules.full_fraction * self._bound_ns
