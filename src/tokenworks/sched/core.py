@@ -23,6 +23,7 @@ from tokenworks.sched.messages import (
     FirstToken,
     Log,
     PowerCapChanged,
+    PriceChanged,
     Progress,
     Promise,
     Refused,
@@ -61,7 +62,7 @@ class Scheduler:
         self.offers = Offers(self.replicas, rules, self.power)
         self._guard = Guard(self._classes, rules.policy)
         bounds = [c.tpot_ns for c in rules.classes.values() if c.tpot_ns is not None]
-        self._scale = Scale(self.replicas, rules.scale, min(bounds, default=None))
+        self._scale = Scale(self.replicas, rules.scale, self.power, min(bounds, default=None))
         self._promised = dict.fromkeys((spec.pool for spec in specs), 0)  # promises by each pool
         self._outputs = {name: Mean(_EXPECTED_TOKENS) for name in CLASSES}
         self._gaps = {name: Mean(NS_PER_S / 10) for name in CLASSES}  # between leaving the queue
@@ -79,6 +80,7 @@ class Scheduler:
             ReplicaUp: self._replica_up,
             ReplicaDown: self._replica_down,
             PowerCapChanged: self._power_cap_changed,
+            PriceChanged: self._price_changed,
         }
 
     # The contract
@@ -482,3 +484,7 @@ class Scheduler:
             told = f"realtime work keeps {self.power.reserved_w:.0f} W reserved, over the cap of"
             self._out.append(Log(f"{told} {event.cap_w:.0f} W"))
         self._pump(now_ns)
+
+    def _price_changed(self, event: PriceChanged, now_ns: int) -> None:
+        del now_ns  # what is at work stays where it is
+        self.replicas[event.replica].usd_per_s = event.usd_per_s

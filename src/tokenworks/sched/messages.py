@@ -110,9 +110,16 @@ class PowerCapChanged(msgspec.Struct, frozen=True, tag=True, gc=False):
     cap_w: float | None
 
 
+class PriceChanged(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """What a replica costs from now on, while it is on."""
+
+    replica: int
+    usd_per_s: float
+
+
 Event: TypeAlias = (
     Arrived | FirstToken | Finished | Stopped | Refused | Cancelled | Progress | ReplicaUp
-    | ReplicaDown | PowerCapChanged
+    | ReplicaDown | PowerCapChanged | PriceChanged
 )  # fmt: skip
 
 

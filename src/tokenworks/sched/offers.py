@@ -131,7 +131,7 @@ class Offers:
             # The share of a replica's time that it takes, at the replica's price.
             others = len(replica.jobs) + 1
             busy_ns = job.output_tokens * tpot_ns / others + replica.forecast.alone(tokens)[0]
-            offer.cost = (replica.spec.usd_per_s or 0.0) * busy_ns
+            offer.cost = (replica.usd_per_s or 0.0) * busy_ns
         return offer
 
     def sent(self, job: Job, replica: Replica) -> None:

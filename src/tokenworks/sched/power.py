@@ -32,6 +32,10 @@ class Power:
         more = replica.forecast.peak_w - replica.spec.idle_w
         return self.reserved_w + max(more, 0.0) <= self.cap_w
 
+    def allows_on(self, replica: Replica) -> bool:
+        """Whether a replica that is off may be turned on."""
+        return self.cap_w is None or self.reserved_w + replica.spec.idle_w <= self.cap_w
+
     def victims(self) -> Iterator[Replica]:
         """Whose work must stop: one after the other, the least urgent first, until the cap holds.
         What is real-time goes on.

@@ -44,6 +44,7 @@ class Replica:
     def __init__(self, index: int, spec: Spec) -> None:
         self.index, self.spec, self.forecast = index, spec, spec.forecast
         self.state: State = "up" if spec.is_on else "off"
+        self.usd_per_s = spec.usd_per_s
         self.trial = 0  # the most jobs while it is let back in; 0: as many as there are seats
         self.heard_ns = self.retry_ns = 0
         self.ttft_drift, self.tpot_drift = Drift(), Drift()

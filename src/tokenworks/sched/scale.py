@@ -9,6 +9,7 @@ from typing import Final
 
 from tokenworks.sched.config import ScaleRules
 from tokenworks.sched.messages import Command, Start, Stop
+from tokenworks.sched.power import Power
 from tokenworks.sched.replica import Replica
 from tokenworks.units import NS_PER_S
 
@@ -19,12 +20,16 @@ class Scale:
     """The pools that `rules` names. `bound_ns`: the tightest time per token asked for, if any."""
 
     def __init__(
-        self, replicas: Sequence[Replica], rules: Mapping[str, ScaleRules], bound_ns: int | None
+        self,
+        replicas: Sequence[Replica],
+        rules: Mapping[str, ScaleRules],
+        power: Power,
+        bound_ns: int | None,
     ) -> None:
         self._pools = {
             name: [replica for replica in replicas if replica.spec.pool == name] for name in rules
         }
-        self._rules, self._bound_ns = rules, bound_ns
+        self._rules, self._power, self._bound_ns = rules, power, bound_ns
         self._calm_ns = dict.fromkeys(rules, 0)  # since when one fewer would do
 
     @property
@@ -65,7 +70,7 @@ class Scale:
         if any(replica.state == "starting" for replica in pool):
             return
         off = next((replica for replica in pool if replica.state == "off"), None)
-        if off is not None:
+        if off is not None and self._power.allows_on(off):
             off.state = "starting"
             yield Start(off.index)
 

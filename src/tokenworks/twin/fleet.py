@@ -20,16 +20,19 @@ from tokenworks.model.shape import Shape
 from tokenworks.sched.forecast import Forecast
 from tokenworks.sched.replica import Spec
 from tokenworks.twin.scenario import Pool, Scenario
-from tokenworks.units import PS_PER_NS
+from tokenworks.units import NS_PER_S, PS_PER_NS
 
 
 class Unit(NamedTuple):
-    """One replica: its engine, its data sheet for the scheduler, what it is placed on."""
+    """One replica: its engine, its data sheet for the scheduler, what it is placed on, and how long
+    it takes from being turned on to being ready.
+    """
 
     engine: Engine
     spec: Spec
     prepared: Prepared
     devices: int
+    warm_ns: int = 0
 
 
 def fleet(scenario: Scenario, catalog: Catalog, open_model: Callable[[str], Shape]) -> list[Unit]:
@@ -70,9 +73,11 @@ def _pool(
             idle_w,
             usd,
             prepared.tokens_per_step,
+            pool.scale is None or number < pool.scale.least,
         )
         engine = build(prepared, pool.limits) if number else first
-        units.append(Unit(engine, spec, prepared, devices))
+        warm_ns = round(pool.scale.warm_s * NS_PER_S) if pool.scale else 0
+        units.append(Unit(engine, spec, prepared, devices, warm_ns))
     return units
 
 

@@ -15,6 +15,7 @@ from tokenworks.sched.baseline import Baseline
 from tokenworks.sched.config import BASELINES, CLASSES
 from tokenworks.sched.core import Scheduler
 from tokenworks.twin.fleet import Unit, fleet
+from tokenworks.twin.hours import Hours
 from tokenworks.twin.run import Driven, Twin
 from tokenworks.twin.scenario import Scenario
 from tokenworks.twin.trouble import troubles
@@ -105,41 +106,47 @@ def summary_of(twin: Twin) -> Summary:
         sum(meter.unclaimed_nj for meter in unit.engine.meters) + unit.engine.unshared_nj
         for unit in twin.units
     )
-    replicas = [_replica(unit, span_ns) for unit in twin.units]
+    replicas = [
+        _replica(unit, hours, twin.now_ns, span_ns)
+        for unit, hours in zip(twin.units, twin.hours, strict=True)
+    ]
     return summarise(twin.outcomes, gaps, replicas, span_ns, wasted_nj / NJ_PER_J)
 
 
-def _replica(unit: Unit, span_ns: int) -> ReplicaSummary:
+def _replica(unit: Unit, hours: Hours, now_ns: int, span_ns: int) -> ReplicaSummary:
     spec, meters = unit.spec, unit.engine.meters
-    span_s = span_ns / NS_PER_S
+    span_s, on_s = span_ns / NS_PER_S, hours.on_s(0, now_ns, now_ns)
     busy_s = max(meter.busy_ps for meter in meters) / PS_PER_S
     energy_j = sum(meter.energy_nj for meter in meters) / NJ_PER_J
     idle_j = sum(
-        meter.idle_mw / 1000 * max(span_s - meter.busy_ps / PS_PER_S, 0.0) for meter in meters
+        meter.idle_mw / 1000 * max(on_s - meter.busy_ps / PS_PER_S, 0.0) for meter in meters
     )
     slot_s = span_s / _SERIES
     lines = [meter.over_time for meter in meters]
     busy = [max(shares) for shares in zip(*(_series(t, 0, span_s) for t in lines), strict=True)]
     drawn = [sum(parts) for parts in zip(*(_series(t, 1, span_s) for t in lines), strict=True)]
-    idle_w = spec.idle_w
+    on = [
+        hours.on_s(point * slot_s * NS_PER_S, (point + 1) * slot_s * NS_PER_S, now_ns) / slot_s
+        for point in range(_SERIES)
+    ]
     return ReplicaSummary(
         spec.name,
         spec.pool,
         spec.processor,
         unit.devices,
-        span_s,
+        on_s,
         busy_s,
         energy_j,
         idle_j,
-        None if spec.usd_per_s is None else spec.usd_per_s * span_s,
+        hours.usd(now_ns),
         sum(meter.read_tokens for meter in meters),
         sum(meter.made_tokens for meter in meters),
         sum(meter.preemptions for meter in meters),
         slot_s,
         tuple(min(share / NS_PER_S, 1.0) for share in busy),
         tuple(
-            nj / NJ_PER_J + idle_w * max(1 - share / NS_PER_S, 0.0)
-            for nj, share in zip(drawn, busy, strict=True)
+            nj / NJ_PER_J + spec.idle_w * max(share - worked / NS_PER_S, 0.0)
+            for nj, worked, share in zip(drawn, busy, on, strict=True)
         ),
     )
 

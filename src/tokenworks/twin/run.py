@@ -23,6 +23,7 @@ from tokenworks.sched.messages import (
     FirstToken,
     Log,
     PowerCapChanged,
+    PriceChanged,
     Progress,
     Promise,
     Refused,
@@ -34,6 +35,7 @@ from tokenworks.sched.messages import (
     Stopped,
 )  # fmt: skip
 from tokenworks.twin.fleet import Unit
+from tokenworks.twin.hours import Hours
 from tokenworks.twin.trouble import Trouble
 from tokenworks.units import NS_PER_S
 from tokenworks.workload import Request
@@ -90,6 +92,7 @@ class Twin:
         self.units, self.scheduler, self.rules = units, scheduler, rules
         self.oracle, self._seen_tokens = oracle, seen_tokens
         self.outcomes = Outcomes()
+        self.hours = [Hours(is_on=unit.spec.is_on, usd_per_s=unit.spec.usd_per_s) for unit in units]
         self.log: list[tuple[int, str]] = []
         self.now_ns = 0
         self._heap: list[tuple[int, int, int, int, Any]] = []
@@ -101,7 +104,7 @@ class Twin:
         self._wake_ns: int | None = None
         self._moved_ns = 0  # when something last happened but a wake-up
         for trouble in troubles:
-            rank = _POWER if trouble.kind == "cap" else _TROUBLE
+            rank = _POWER if trouble.kind in ("cap", "price") else _TROUBLE
             self._push(trouble.at_ns, rank, trouble.replica, trouble)
 
     def _push(self, at_ns: int, rank: int, index: int, what: Any) -> None:
@@ -183,9 +186,12 @@ class Twin:
                 case Log():
                     self.log.append((self.now_ns, command.text))
                 case Start():
-                    self._push(self.now_ns, _TROUBLE, command.replica, Trouble(0, "up", 0))
+                    index = command.replica
+                    self.hours[index].turn(self.now_ns, on=True)
+                    ready_ns = self.now_ns + self.units[index].warm_ns
+                    self._push(ready_ns, _TROUBLE, index, Trouble(ready_ns, "up", index))
                 case Stop():
-                    pass
+                    self.hours[command.replica].turn(self.now_ns, on=False)
         at_ns = self.scheduler.next_wakeup_ns()
         if at_ns is not None and at_ns != self._wake_ns:
             self._wake_ns = at_ns
@@ -334,6 +340,12 @@ class Twin:
         if trouble.kind == "cap":
             self._tell(PowerCapChanged(trouble.cap_w))
             return
+        if trouble.kind == "price":
+            self.hours[index].price(trouble.usd_per_s, now_ns)
+            self._tell(PriceChanged(index, trouble.usd_per_s))
+            return
+        if not self.hours[index].is_on:
+            return  # what is off doesn't fail
         notices = engine.advance(now_ns)
         self._notice(index, notices)
         match trouble.kind:

@@ -7,7 +7,14 @@ import msgspec
 
 from tokenworks.engine.work import Limits
 from tokenworks.errors import UserError
-from tokenworks.sched.config import DEFAULT_CLASSES, ClassRules, Policy, Rules, Tenant
+from tokenworks.sched.config import (
+    DEFAULT_CLASSES,
+    ClassRules,
+    Policy,
+    Rules,
+    ScaleRules,
+    Tenant,
+)
 from tokenworks.workload import Mix, Share
 
 Other = Literal["decode", "ffn", "draft"]
@@ -17,7 +24,8 @@ class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Interchangeable replicas: `replicas` copies of the model, each on `devices` of `processor`.
 
     `decode_on`, `ffn_on`, `draft_on`: a second processor that takes a part (`other_devices` of it),
-    as in `tokenworks cost`. What is left out is chosen as there.
+    as in `tokenworks cost`. What is left out is chosen as there. `scale`: replicas are turned on
+    and off as needed; `replicas` is the most then.
     """
 
     processor: str
@@ -36,6 +44,7 @@ class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     other_devices: int | None = None
     draft_model: str = "llama-3.1-8b"
     limits: Limits = Limits()
+    scale: ScaleRules | None = None
 
 
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,6 +81,14 @@ class PowerRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     changes: tuple[CapChange, ...] = ()
 
 
+class PriceChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a replica of a pool costs from `at_s` on, all its devices together."""
+
+    pool: str
+    at_s: float
+    usd_per_h: float
+
+
 class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A fleet, its model, its rules, its traffic's classes and what happens to it."""
 
@@ -84,6 +101,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     policy: Policy = Policy()
     power: PowerRules = PowerRules()
     tariff: str = "default"
+    prices: tuple[PriceChange, ...] = ()
     faults: tuple[Fault, ...] = ()
     chance: Chance = Chance()
     prompt_error_fraction: float = 0.0  # of the prompt lengths that the scheduler is told
@@ -91,7 +109,8 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def rules(self) -> Rules:
         """What of it is the scheduler's."""
-        return Rules(self.classes, self.policy, self.tenants, self.power.cap_w)
+        scale = {pool.name: pool.scale for pool in self.pools if pool.scale is not None}
+        return Rules(self.classes, self.policy, self.tenants, self.power.cap_w, scale)
 
     def replica_names(self) -> list[str]:
         """All replicas' names, in the fleet's order."""
@@ -136,12 +155,24 @@ def check(scenario: Scenario) -> Scenario:
                 f"{place}: decode_on, ffn_on and draft_on exclude each other", "Give one."
             )
         pool.limits.check(f"{place}.limits")
+        if pool.scale is not None and pool.scale.least > pool.replicas:
+            told = (
+                f"{place}.scale.least is {pool.scale.least}, more than its {pool.replicas} replicas"
+            )
+            raise UserError(told, "Raise replicas or lower it.")
         pools.append(msgspec.structs.replace(pool, name=name))
     scenario = msgspec.structs.replace(scenario, pools=tuple(pools))
     scenario.rules.check()
     if scenario.mix:
         Mix(scenario.mix)  # checks the shares
     _check_faults(scenario)
+    for index, price in enumerate(scenario.prices):
+        if price.pool not in names:
+            told = f"prices[{index}].pool: there is no {price.pool!r}"
+            raise UserError(told, f"There are: {', '.join(sorted(names))}.")
+        if not (0 <= price.at_s < 1e12 and 0 <= price.usd_per_h < 1e12):
+            told = f"prices[{index}] is {price.usd_per_h:g} $/h at {price.at_s:g} s"
+            raise UserError(told, "Give a time from 0 s on and a price from 0 on.")
     if not 0 <= scenario.prompt_error_fraction < 1:
         told = f"prompt_error_fraction is {scenario.prompt_error_fraction}"
         raise UserError(told, "It must be at least 0 and below 1.")

@@ -1,4 +1,6 @@
-"""What happens to a fleet from outside: faults on a schedule or at random, caps that change."""
+"""What happens to a fleet from outside: faults on a schedule or at random, caps and prices that
+change.
+"""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -14,10 +16,11 @@ class Trouble(msgspec.Struct, frozen=True, gc=False):
     """One change at `at_ns`. "wake" ends a hang, "up" a crash; `permille` is a slow-down's."""
 
     at_ns: int
-    kind: Literal["crash", "up", "hang", "wake", "slow", "cap"]
+    kind: Literal["crash", "up", "hang", "wake", "slow", "cap", "price"]
     replica: int
     permille: int = 1000
     cap_w: float | None = None
+    usd_per_s: float = 0.0
 
 
 def troubles(scenario: Scenario, rng: Rng, span_ns: int) -> list[Trouble]:
@@ -27,6 +30,17 @@ def troubles(scenario: Scenario, rng: Rng, span_ns: int) -> list[Trouble]:
         Trouble(round(change.at_s * NS_PER_S), "cap", 0, cap_w=change.cap_w)
         for change in scenario.power.changes
     ]
+    for price in scenario.prices:
+        pool = next(pool for pool in scenario.pools if pool.name == price.pool)
+        found += [
+            Trouble(
+                round(price.at_s * NS_PER_S),
+                "price",
+                index[f"{pool.name}-{number}"],
+                usd_per_s=price.usd_per_h / S_PER_H,
+            )
+            for number in range(pool.replicas)
+        ]
     for fault in scenario.faults:
         at_ns, for_ns = round(fault.at_s * NS_PER_S), round(fault.for_s * NS_PER_S)
         found += _pair(fault.kind, index[fault.replica], at_ns, for_ns, fault.factor)
