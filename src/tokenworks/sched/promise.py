@@ -18,6 +18,7 @@ _FEW: Final = 25  # scores below which a forecast is hardly known: the prior mar
 _PRIOR: Final = 0.7  # log of the factor on a forecast that nothing is known about
 _RATE: Final = 0.5  # of the correction, for one promise at a time and `_EASE` more
 _EASE: Final = 20
+_CARE: Final = 0.15
 _ENOUGH: Final = 100  # scores for a condition of its own
 _MOST: Final = 1.5  # how far the correction goes
 _LEARN: Final = 0.06  # weight of a new score in the running mean
@@ -27,7 +28,8 @@ class Calibrator:
     """Turns forecasts into promises at one confidence, for one kind of time of one pool."""
 
     def __init__(self, confidence: float) -> None:
-        self.target = confidence
+        # "At least as often as it says": what is learned too late costs a little.
+        self.target = confidence + _CARE * (1.0 - confidence)
         self._correction = 0.0
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []
