@@ -29,6 +29,8 @@ DECODES = ("--decode-on", "h200", "--prefill", "120000")
         ["model", "verify"],
         ["catalog"],
         ["cost"],
+        ["replay"],
+        ["compare"],
     ],
 )
 def test_every_command_helps_with_an_example(command: list[str]) -> None:

@@ -26,6 +26,7 @@ from tokenworks.report.page import page
 from tokenworks.report.run import Run
 from tokenworks.sched.config import BASELINES, Router
 from tokenworks.twin import scenario as scenarios
+from tokenworks.twin.fleet import fleet as build_fleet
 from tokenworks.twin.replay import Result
 from tokenworks.twin.replay import replay as run_twin
 from tokenworks.twin.scenario import Scenario
@@ -108,7 +109,7 @@ def replay(  # noqa: PLR0913 - one argument a flag
         So many times the traffic: more users of the same habits.
     """
     known = opened(catalog, set_)
-    scenario = _routed(_scenario(fleet), route)
+    scenario = _routed(_scenario(fleet, known), route)
     traffic = _traffic(trace, requests, scale, stretch, smooth=smooth)
     folder = out or Path(f"{Path(trace).stem}-{fleet.stem}")
     _make(folder)
@@ -180,7 +181,7 @@ def compare(  # noqa: PLR0913 - one argument a flag
     if seeds < 1:
         raise UserError(f"--seeds is {seeds}", "It must be 1 or more.")
     known = opened(catalog, set_)
-    variants = _variants(fleet, route or [None])
+    variants = _variants(fleet, route or [None], known)
     loads = [
         (factor, _traffic(trace, requests, factor, stretch, smooth=smooth))
         for factor in scale or [1.0]
@@ -220,10 +221,10 @@ def compare(  # noqa: PLR0913 - one argument a flag
         raise KeyboardInterrupt
 
 
-def _variants(fleets: list[Path], routes: list[Any]) -> dict[str, Scenario]:
+def _variants(fleets: list[Path], routes: list[Any], known: Catalog) -> dict[str, Scenario]:
     found: dict[str, Scenario] = {}
     for path in fleets:
-        scenario = _scenario(path)
+        scenario = _scenario(path, known)
         for route in routes:
             parts = [path.stem] if len(fleets) > 1 or route is None else []
             name = ", ".join([*parts, *([route] if route else [])])
@@ -233,8 +234,14 @@ def _variants(fleets: list[Path], routes: list[Any]) -> dict[str, Scenario]:
     return found
 
 
-def _scenario(path: Path) -> Scenario:
-    return scenarios.parse(store.read_bytes(path, "the scenario"), str(path))
+def _scenario(path: Path, known: Catalog) -> Scenario:
+    """A scenario whose fleet can be built."""
+    scenario = scenarios.parse(store.read_bytes(path, "the scenario"), str(path))
+    try:
+        build_fleet(scenario, known, open_model)
+    except UserError as error:
+        raise UserError(f"{path}: {error.message}", error.remedy) from None
+    return scenario
 
 
 def _routed(scenario: Scenario, route: Any) -> Scenario:

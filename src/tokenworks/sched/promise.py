@@ -15,7 +15,7 @@ from typing import Final
 
 _WINDOW: Final = 500
 _FEW: Final = 25  # scores below which a forecast is hardly known: the prior margin at least
-_PRIOR: Final = 0.7  # log of the factor on a forecast that nothing is known about
+_PRIOR: Final = 0.4  # log of the factor on a forecast that nothing is known about
 _RATE: Final = 0.5  # of the correction, for one promise at a time and `_EASE` more
 _EASE: Final = 20
 _CARE: Final = 0.15
@@ -31,6 +31,7 @@ class Calibrator:
         # "At least as often as it says": what is learned too late costs a little.
         self.target = confidence + _CARE * (1.0 - confidence)
         self._correction = 0.0
+        self._late = 0.0  # promises made before the verdict on one, on average
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []
         self.factor = exp(_PRIOR)  # what to multiply a forecast by
@@ -51,7 +52,8 @@ class Calibrator:
     def learn(self, forecast_ns: float, promised_ns: float, actual_ns: float, since: int) -> None:
         """What became of a promise; `since` were made after it."""
         broken = actual_ns > promised_ns
-        rate = _RATE / (_EASE + since)
+        self._late += _LEARN * (since - self._late)
+        rate = _RATE / (_EASE + self._late)
         moved = self._correction + rate * (float(broken) - (1.0 - self.target))
         self._correction = min(max(moved, -_MOST), _MOST)
         score = log(max(actual_ns, 1.0) / max(forecast_ns, 1.0))
