@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.test_docs import ROOT
+from tests.docs.test_docs import ROOT, blocks
 from tests.support import run
 from tokenworks.engine.work import Limits
 from tokenworks.sched.config import CLASSES, ClassRules, Policy, Router, ScaleRules
@@ -71,3 +71,19 @@ def test_the_first_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     done = run(*words, "--requests", "200", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "report.html").stat().st_size > 1_000_000
+
+
+def test_the_workload_shown_runs(tmp_path: Path) -> None:
+    (shown,) = blocks(TWIN, "toml")
+    file = tmp_path / "workload.toml"
+    file.write_text(shown)
+    fleet = str(ROOT / "examples/scenarios/8xh100.toml")
+    out = str(tmp_path / "out")
+    done = run("replay", str(file), "--fleet", fleet, "--requests", "300", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "300" in done.stdout
+    file.write_text(shown.replace("cv = 2.0", "cv = -2.0"))
+    done = run("replay", str(file), "--fleet", fleet, "--out", out)
+    assert done.returncode == 2
+    assert str(file) in done.stderr
+    assert "arrivals.cv" in done.stderr

@@ -31,7 +31,7 @@ from tokenworks.twin.replay import Result
 from tokenworks.twin.replay import replay as run_twin
 from tokenworks.twin.scenario import Scenario
 from tokenworks.units import NS_PER_S
-from tokenworks.workload import Request, Trace, generate, mean_rate_per_s, named, names, read
+from tokenworks.workload import Request, Trace, generate, given, mean_rate_per_s, named, names, read
 
 _REQUESTS: Final = 10_000  # of a named workload
 _TOLD: Final = 20  # lines of the scheduler's log in a report
@@ -96,8 +96,8 @@ def replay(  # noqa: PLR0913 - one argument a flag
     Parameters
     ----------
     trace
-        A file (CSV of Azure or BurstGPT, JSON lines of Mooncake, Dynamo or our own), or the name of
-        a workload.
+        A file (CSV of Azure or BurstGPT, JSON lines of Mooncake, Dynamo or our own), the name of a
+        workload, or a workload of your own as a .toml file.
     out
         The folder to write into; by default named after the trace and the fleet.
     route
@@ -257,11 +257,15 @@ def _traffic(
 ) -> Traffic:
     """A file's requests, or a named workload's."""
     path = Path(source).expanduser()
-    if not path.exists() and source.lower() in names():
+    is_named = not path.exists() and source.lower() in names()
+    if is_named or path.suffix == ".toml":
         if smooth or stretch != 1.0:
             told = "--smooth and --stretch are for files"
             raise UserError(told, "Leave them out; --scale changes a workload's rate.")
-        workload, count = named(source), _REQUESTS if requests is None else requests
+        workload = (
+            named(source) if is_named else given(store.read_bytes(path, "the workload"), source)
+        )
+        count = _REQUESTS if requests is None else requests
         rate_per_s = mean_rate_per_s(workload.arrivals) * scale
         return Traffic(
             workload.name,

@@ -16,7 +16,7 @@ from tokenworks.workload.arrivals import (
 )
 from tokenworks.workload.assign import Mix, Share, assigned
 from tokenworks.workload.lengths import Fixed, Geometric, Length, Lengths, Lognormal, Quantiles
-from tokenworks.workload.named import Check, Source, Workload, generate, named, names
+from tokenworks.workload.named import Check, Source, Workload, generate, given, named, names
 from tokenworks.workload.read import read, write
 from tokenworks.workload.request import SERVICE_CLASSES, Request
 from tokenworks.workload.rng import Rng
@@ -49,6 +49,7 @@ __all__ = [
     "Workload",
     "assigned",
     "generate",
+    "given",
     "mean_rate_per_s",
     "named",
     "names",

@@ -71,6 +71,20 @@ def named(name: str) -> Workload:
     return found
 
 
+def given(data: bytes, place: str) -> Workload:
+    """A workload of the user's own, from a TOML file's bytes: keys as in data/workloads.toml."""
+    try:
+        found = msgspec.toml.decode(data, type=Workload)
+    except msgspec.ValidationError as error:
+        told = f"{place}: {str(error).replace('`$.', '`')}"
+        raise UserError(told, "docs/twin.md shows a workload.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{place} is no TOML: {error}", "Mend the line it names.") from None
+    except UserError as error:
+        raise UserError(f"{place}: {error.message}", error.remedy) from None
+    return msgspec.structs.replace(found, name=found.name or place)
+
+
 def generate(
     workload: Workload, rng: Rng, requests: int, rate_per_s: float | None = None
 ) -> Iterator[Request]:
