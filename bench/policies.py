@@ -32,7 +32,7 @@ from tokenworks.workload import Request, generate, mean_rate_per_s, named, names
 SCENARIO = Path(__file__).parents[1] / "examples" / "scenarios" / "8xh100.toml"
 REPLICAS = 4
 LOADS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 10, 12, 14)
-OUTSTANDING = (None, 32, 64, 128)
+OUTSTANDING = (None, 4, 8, 16, 32, 64, 128)
 OURS = ("energy", "latency")
 EQUAL = 0.99  # of the other's goodput, from which on joules are compared
 GOODPUT_GOAL, ENERGY_GOAL = 1.3, 0.75

@@ -1,6 +1,7 @@
 """What must hold in every run: random fleets, traffic and trouble."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import given, settings
@@ -19,12 +20,15 @@ from tokenworks.sched.messages import (
     Finished,
     FirstToken,
     Reject,
+    Start,
+    Stop,
     Stopped,
 )  # fmt: skip
 from tokenworks.twin.fleet import fleet
 from tokenworks.twin.replay import summary_of
 from tokenworks.twin.run import Twin
 from tokenworks.twin.trouble import Trouble
+from tokenworks.units import NS_PER_S, PS_PER_S
 from tokenworks.workload import Request
 
 POOLS = {
@@ -46,6 +50,9 @@ def fleets(draw: st.DrawFn) -> str:
     for pool in pools:
         count = draw(st.integers(1, 3))
         text += f'[[pools]]\nname = "{pool}"\nreplicas = {count}\n{POOLS[pool]}'
+        least = draw(st.sampled_from([None, None, 0, 1]))
+        if least is not None:
+            text += f"[pools.scale]\nleast = {least}\nwarm_s = 2\nidle_s = 3\n"
     text += f'[policy]\nroute = "{draw(st.sampled_from(ROUTES))}"\nsuspect_s = 3\nretry_s = 4\n'
     text += "[classes.realtime]\nttft_ms = 400\ntpot_ms = 20\n[classes.standard]\nwait_s = 5\n"
     text += "[classes.batch]\nwait_s = 1e6\n[tenants.a]\nweight = 3\n"
@@ -76,7 +83,7 @@ def traffic(draw: st.DrawFn) -> list[Request]:
 
 TROUBLE = st.lists(
     st.tuples(
-        st.sampled_from(["crash", "hang", "slow", "cap"]),
+        st.sampled_from(["crash", "hang", "slow", "cap", "price"]),
         st.integers(0, 8),
         st.integers(0, 20 * 10**9),
         st.integers(10**8, 9 * 10**9),
@@ -98,6 +105,11 @@ def troubles(drawn: list[tuple[Any, int, int, int]], text: str) -> list[Trouble]
                 pair = [Trouble(at_ns, "hang", index), Trouble(end_ns, "wake", index)]
             case "slow":
                 pair = [Trouble(at_ns, "slow", index, 2500), Trouble(end_ns, "slow", index)]
+            case "price":
+                pair = [
+                    Trouble(at_ns, "price", index, usd_per_s=0.01),
+                    Trouble(end_ns, "price", index, usd_per_s=0.0),
+                ]
             case _:
                 pair = [
                     Trouble(at_ns, "cap", index, cap_w=1000.0),
@@ -114,6 +126,7 @@ def test_every_run(text: str, requests: list[Request], drawn: list[Any]) -> None
     one_end_each(twin, requests)
     nothing_before_its_cause(twin, recorder)
     promises_stand(recorder)
+    only_what_is_warm_works(twin, recorder)
     energy_is_conserved(twin)
     nothing_is_left(twin)
     again, _ = run(text, requests, troubles(drawn, text))
@@ -144,10 +157,16 @@ def nothing_before_its_cause(twin: Twin, recorder: Recorder) -> None:
     happened = [(at, 0, event) for at, event in recorder.events if event is not None]
     assert [at for at, _, _ in happened] == sorted(at for at, _, _ in happened)
     sent = {(c.id, c.replica) for _, c in recorder.commands if isinstance(c, Dispatch)}
-    for _, _, event in happened:
+    first_ns: dict[int, int] = {}
+    for at_ns, _, event in happened:
         if isinstance(event, FirstToken | Finished | Stopped):
             assert (event.id, event.replica) in sent
             where[event.id] = event.replica
+        if isinstance(event, FirstToken):
+            first_ns.setdefault(event.id, at_ns)
+    # The first token is the first one, however often the request moved after it.
+    for outcome in twin.outcomes:
+        assert outcome.first_ns == first_ns.get(outcome.id, -1) or outcome.replica == ""
 
 
 def promises_stand(recorder: Recorder) -> None:
@@ -165,6 +184,36 @@ def promises_stand(recorder: Recorder) -> None:
             assert accepts[command.id] == 1
     ends = Counter(c.id for _, c in recorder.commands if isinstance(c, Abort))
     assert set(ends) <= set(arrived)
+
+
+def only_what_is_warm_works(twin: Twin, recorder: Recorder) -> None:
+    """On and off in turns; off only when empty; nothing is sent to one that is off or not warm."""
+    is_on = [unit.spec.is_on for unit in twin.units]
+    ready_ns = [0] * len(is_on)
+    there: dict[int, int] = {}
+    told = [(at, 1, c) for at, c in recorder.commands]
+    told += [(at, 0, e) for at, e in recorder.events if isinstance(e, Finished | Stopped)]  # type: ignore[misc]
+    for at_ns, _, what in sorted(told, key=lambda entry: entry[:2]):
+        if isinstance(what, Start):
+            assert not is_on[what.replica]
+            is_on[what.replica] = True
+            ready_ns[what.replica] = at_ns + twin.units[what.replica].warm_ns
+        elif isinstance(what, Stop):
+            assert is_on[what.replica]
+            assert what.replica not in there.values()
+            is_on[what.replica] = False
+        elif isinstance(what, Dispatch):
+            assert is_on[what.replica]
+            assert at_ns >= ready_ns[what.replica]
+            there[what.id] = what.replica
+        elif isinstance(what, Finished | Stopped):
+            there.pop(what.id, None)
+    assert [hours.is_on for hours in twin.hours] == is_on
+    for index, hours in enumerate(twin.hours):
+        on_s = hours.on_s(0, twin.now_ns, twin.now_ns)
+        assert 0 <= on_s <= twin.now_ns / NS_PER_S + 1e-9
+        busy_ps = max(meter.busy_ps for meter in twin.units[index].engine.meters)
+        assert busy_ps / PS_PER_S <= on_s + 1e-6
 
 
 def energy_is_conserved(twin: Twin) -> None:
@@ -194,12 +243,12 @@ def nothing_is_left(twin: Twin) -> None:
             assert blocks.free + blocks.idle == blocks.total
 
 
-def listened(text: str) -> tuple[Twin, Recorder, Scheduler]:
+def listened(text: str, troubles: Sequence[Trouble] = ()) -> tuple[Twin, Recorder, Scheduler]:
     wanted = scenario(text)
     units = fleet(wanted, BOOK, library.shape)
     scheduler = Scheduler([unit.spec for unit in units], wanted.rules)
     recorder = Recorder(scheduler)
-    return Twin(units, recorder, wanted.rules), recorder, scheduler
+    return Twin(units, recorder, wanted.rules, troubles), recorder, scheduler
 
 
 def promising(text: str) -> str:
@@ -226,11 +275,11 @@ def test_what_is_set_aside_never_exceeds_the_cap(
 
 
 @settings(max_examples=60)
-@given(fleets(), traffic())
+@given(fleets(), traffic(), TROUBLE)
 def test_realtime_is_not_refused_where_a_promise_meets_its_bound(
-    text: str, requests: list[Request]
+    text: str, requests: list[Request], drawn: list[Any]
 ) -> None:
-    twin, recorder, scheduler = listened(promising(text))
+    twin, recorder, scheduler = listened(promising(text), troubles(drawn, text))
     refused = 0
 
     def holds(now_ns: int) -> None:
@@ -241,7 +290,7 @@ def test_realtime_is_not_refused_where_a_promise_meets_its_bound(
         if not any(isinstance(c, Reject) and c.id == event.id for _, c in recorder.commands[-2:]):
             return
         refused += 1
-        job = Job(event, now_ns, 256)
+        job = Job(event, now_ns, max(int(scheduler._outputs["realtime"].value), 1))
         job.ttft_bound_ns, job.tpot_bound_ns = 400_000_000, 20_000_000
         for replica in scheduler.replicas:
             if replica.has_room(job) and scheduler.power.allows(replica):

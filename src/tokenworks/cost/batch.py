@@ -48,7 +48,7 @@ class Cost(msgspec.Struct, frozen=True, gc=False):
     """What a step (or several) takes. Integers, so that sums are exact.
 
     `flops` and `bytes` are those of all devices together; `bound` names the largest part of the
-    time: "weights", "kv", "compute", "link" or "host".
+    time: "weights", "kv", "compute", "link" or "host"; "measured" where only the sum is known.
     """
 
     time_ps: int

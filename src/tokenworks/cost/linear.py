@@ -183,6 +183,8 @@ def standby_nj(time_ps: int, power_mw: int) -> int:
 
 def dot(slopes: Sequence[int], seen: Sequence[int]) -> int:
     """What so many tokens take at these slopes."""
+    if len(slopes) == 1 == len(seen):
+        return slopes[0] * seen[0]
     return sum(map(int.__mul__, slopes, seen))
 
 

@@ -295,13 +295,13 @@ class Roofline(Prepared):
     def _sum(self, tokens: int, sequences: int) -> _Sum:
         parts = self._parts(self._merged, tokens, sequences)
         seconds, bound = together(parts)
-        return _Sum(
-            round(seconds * PS_PER_S),
-            round(sum(part.joules for part in parts) * NJ_PER_J),
-            round(sum(part.flops for part in parts)),
-            round(sum(part.bytes for part in parts)),
-            bound,
-        )
+        joules = flops = moved = 0.0
+        for part in parts:
+            joules += part.joules
+            flops += part.flops
+            moved += part.bytes
+        time_ps, energy_nj = round(seconds * PS_PER_S), round(joules * NJ_PER_J)
+        return _Sum(time_ps, energy_nj, round(flops), round(moved), bound)
 
     def _forward(self, sequences: int, queries: int = 1) -> Lines:
         """A pass with `queries` new tokens for each of so many sequences."""

@@ -1,33 +1,57 @@
 """Percentiles of the gaps between tokens from segments, exact, without a record per token."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenworks.engine.meter import Gaps
 
+_Numbers = NDArray[np.int64]
+
+
+class _Segments(NamedTuple):
+    """Columns: one row for each segment."""
+
+    first: _Numbers
+    growth: _Numbers
+    steps: _Numbers
+    weight: _Numbers
+    last: _Numbers
+
+    def up_to(self, gap_ps: int) -> int:
+        """How many gaps are no longer."""
+        ahead = gap_ps - self.first
+        grown = np.where(self.growth > 0, ahead // np.maximum(self.growth, 1) + 1, self.steps)
+        reached = np.where(ahead < 0, 0, np.minimum(grown, self.steps))
+        return int((reached * self.weight).sum())
+
+    def only(self, inside: NDArray[np.bool_]) -> "_Segments":
+        return _Segments(*(column[inside] for column in self))
+
 
 class GapTable:
     """All segments of some replicas together."""
 
     def __init__(self, parts: Iterable[Gaps]) -> None:
-        rows = [
-            np.array([part.first_ps, part.growth_ps, part.steps, part.weight], dtype=np.int64)
-            for part in parts
-        ]
-        table = np.concatenate([np.zeros((4, 0), dtype=np.int64), *rows], axis=1)
-        self._first, self._growth, self._steps, self._weight = table
-        self.count = int((self._steps * self._weight).sum())
+        gaps = list(parts)
+        first, growth, steps, weight = (
+            np.concatenate(
+                [np.zeros(0, dtype=np.int64), *(np.array(getattr(g, name), np.int64) for g in gaps)]
+            )
+            for name in ("first_ps", "growth_ps", "steps", "weight")
+        )
+        self._parts = [_Segments(first, growth, steps, weight, first + growth * (steps - 1))]
+        self.count = int((steps * weight).sum())
 
     @classmethod
     def joined(cls, tables: Iterable["GapTable"]) -> "GapTable":
-        """Several as one."""
+        """Several as one; they are not copied."""
         whole = cls(())
-        kept = [whole, *tables]
-        for name in ("_first", "_growth", "_steps", "_weight"):
-            setattr(whole, name, np.concatenate([getattr(table, name) for table in kept]))
-        whole.count = sum(table.count for table in kept)
+        for table in tables:
+            whole._parts += table._parts
+            whole.count += table.count
         return whole
 
     def quantile_ps(self, share: float) -> int | None:
@@ -38,31 +62,30 @@ class GapTable:
         if self.count <= 0:
             return None
         wanted = max(int(np.ceil(share * self.count)), 1)
-        first, growth, steps, weight = self._first, self._growth, self._steps, self._weight
-        last = first + growth * (steps - 1)
-        low, high = 0, int(last.max())
+        parts = [part for part in self._parts if len(part.first)]
+        low, high = 0, max(int(part.last.max()) for part in parts)
         below = 0  # gaps of segments that are wholly below the range
         while low < high:
             middle = (low + high) // 2
-            ahead = middle - first
-            grown = np.where(growth > 0, ahead // np.maximum(growth, 1) + 1, steps)
-            reached: NDArray[np.int64] = np.where(ahead < 0, 0, np.minimum(grown, steps))
-            if below + int((reached * weight).sum()) >= wanted:
+            if below + sum(part.up_to(middle) for part in parts) >= wanted:
                 high = middle
-                inside = first <= high
+                parts = [part.only(part.first <= high) for part in parts]
             else:
                 low = middle + 1
-                inside = last >= low
-                below += int((steps * weight)[~inside].sum())
-            first, growth, steps, weight, last = (
-                column[inside] for column in (first, growth, steps, weight, last)
-            )
+                for at, part in enumerate(parts):
+                    inside = part.last >= low
+                    below += int((part.steps * part.weight)[~inside].sum())
+                    parts[at] = part.only(inside)
         return low
 
     def mean_ps(self) -> float | None:
         """The mean gap."""
         if self.count <= 0:
             return None
-        steps = self._steps.astype(np.float64)
-        sums = steps * self._first + steps * (steps - 1) / 2 * self._growth
-        return float((sums * self._weight).sum() / self.count)
+        return float(np.concatenate(list(self._sums())).sum() / self.count)
+
+    def _sums(self) -> Iterator[NDArray[np.float64]]:
+        """Of each segment's gaps."""
+        for part in self._parts:
+            steps = part.steps.astype(np.float64)
+            yield (steps * part.first + steps * (steps - 1) / 2 * part.growth) * part.weight

@@ -26,7 +26,7 @@ from tokenworks.sched.messages import (
     Stopped,
 )  # fmt: skip
 from tokenworks.sched.prefixes import PrefixIndex
-from tokenworks.sched.replica import Spec
+from tokenworks.sched.spec import Spec
 
 _IMBALANCE = 1.5  # over the mean load, up to which a prefix hit is worth it
 
@@ -63,6 +63,10 @@ class Baseline:
     def handle(self, event: Event | None, now_ns: int) -> list[Command]:
         """What to do now."""
         del now_ns
+        if isinstance(event, Finished | Refused | Stopped | Cancelled) and (
+            event.id not in self._jobs  # it was cancelled
+        ):
+            return []
         match event:
             case Arrived():
                 self._jobs[event.id] = (event, -1)
@@ -74,16 +78,14 @@ class Baseline:
                 self._leave(event.id)
                 return [Reject(event.id, 400, event.reason), *self._pump()]
             case Stopped():
-                if event.id in self._jobs:
-                    arrived, _ = self._leave(event.id)
-                    self._jobs[event.id] = (arrived, -1)
-                    self._waiting.appendleft(event.id)
+                arrived, _ = self._leave(event.id)
+                self._jobs[event.id] = (arrived, -1)
+                self._waiting.appendleft(event.id)
             case Cancelled():
-                if event.id in self._jobs:
-                    _, replica = self._leave(event.id)
-                    if replica >= 0:
-                        return [Abort(event.id, replica), *self._pump()]
-                    self._waiting.remove(event.id)
+                _, replica = self._leave(event.id)
+                if replica >= 0:
+                    return [Abort(event.id, replica), *self._pump()]
+                self._waiting.remove(event.id)
             case ReplicaUp():
                 self._is_up[event.replica] = True
             case ReplicaDown():

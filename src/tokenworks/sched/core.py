@@ -31,14 +31,16 @@ from tokenworks.sched.messages import (
     ReplicaDown,
     ReplicaUp,
     ServiceClass,
+    Stop,
     Stopped,
 )  # fmt: skip
 from tokenworks.sched.offers import Offer, Offers, cheapest, fill
 from tokenworks.sched.power import Power
 from tokenworks.sched.promise import Mean
-from tokenworks.sched.replica import Replica, Spec
+from tokenworks.sched.replica import Replica
 from tokenworks.sched.scale import Scale
 from tokenworks.sched.share import FairQueue
+from tokenworks.sched.spec import Spec
 from tokenworks.sched.yielding import make_room
 from tokenworks.units import NS_PER_S
 
@@ -97,7 +99,15 @@ class Scheduler:
 
     def next_wakeup_ns(self) -> int | None:
         """When it wants to be called with None, if nothing happens before."""
-        return self._tick_ns + _TICK_NS if self.jobs or self._scale.is_due else None
+        if self.jobs or self._scale.is_due or self._is_hoping():
+            return self._tick_ns + _TICK_NS
+        return None
+
+    def _is_hoping(self) -> bool:
+        """Whether a wake-up may bring a replica back, or on, for those who were refused."""
+        if self.rules.scale and self.offers.is_tight(self._now_ns):
+            return True
+        return any(replica.retry_ns for replica in self.replicas)
 
     # Requests come
 
@@ -124,11 +134,23 @@ class Scheduler:
 
     def _is_behind(self, name: ServiceClass) -> bool:
         """Whether somebody as urgent waits already."""
-        return any(self._queues[each] for each in CLASSES[: CLASSES.index(name) + 1])
+        for each, queue in self._queues.items():  # in the order of classes
+            if queue.has_next:
+                return True
+            if each == name:
+                break
+        return False
+
+    def _is_served(self, job: Job) -> bool:
+        """Whether anybody is there who could serve it, now or when there is room."""
+        return any(r.state in ("up", "trial") and r.can_hold(job) for r in self.replicas)
 
     def _admit_realtime(self, job: Job, now_ns: int) -> None:
         offers = self.offers.all(job, now_ns)
         keeping = [offer for offer in offers if offer.keeps(job)]
+        if not keeping:
+            offers = self.offers.all(job, now_ns, alike=False)
+            keeping = [offer for offer in offers if offer.keeps(job)]
         if keeping:
             self._dispatch(job, cheapest(keeping), now_ns)
             return
@@ -145,8 +167,10 @@ class Scheduler:
             return
         late = [offer for offer in offers if offer.ttft_ns > (job.ttft_bound_ns or offer.ttft_ns)]
         if len(late) == len(offers):
-            retry_ns = min(int(offer.ttft_ns) for offer in offers) - (job.ttft_bound_ns or 0)
-            self._reject(job, 429, "ttft_bound", retry_ns)
+            bound_ns = job.ttft_bound_ns or 0
+            late_ns = min(int(offer.ttft_ns) for offer in offers) - bound_ns
+            can_be = any(replica.could_read(job, bound_ns) for replica in self.replicas)
+            self._reject(job, 429, "ttft_bound", late_ns if can_be else None)
         else:
             self._reject(job, 429, "tpot_bound", self._seat_in_ns(now_ns))
 
@@ -159,6 +183,8 @@ class Scheduler:
         queue = self._queues[name]
         wait_ns = (len(queue) + 1) * self._gaps[name].value
         if wait_ns > self._classes[name].wait_ns:
+            if not queue:  # what it was like when somebody waited says less and less
+                self._gaps[name].learn(self._seat_in_ns(now_ns))
             over_ns = int(wait_ns) - self._classes[name].wait_ns
             self._reject(job, 429, "queue_wait", over_ns)
             return
@@ -171,7 +197,7 @@ class Scheduler:
         """A promise by the replica that would do best once there is room on it."""
         best: tuple[float, Replica] | None = None
         for replica in self.replicas:
-            if replica.state in ("up", "trial"):
+            if replica.state in ("up", "trial") and replica.can_hold(job):
                 ttft_ns = replica.ttft_ns(job.read_tokens, now_ns) * replica.ttft_drift.factor
                 if best is None or ttft_ns < best[0]:
                     best = (ttft_ns, replica)
@@ -199,7 +225,10 @@ class Scheduler:
         job.enter(Stage.QUEUED)
         job.queued_ns = now_ns
         name = job.arrived.service_class
-        if not self._queues[name]:
+        if not self._is_served(job):
+            self._queues[name].put_aside(job.arrived.id, job.arrived.tenant)
+            return
+        if not self._queues[name].has_next:
             self._left_ns[name] = now_ns
         self._queues[name].push(job.arrived.id, job.arrived.tenant, in_front=in_front)
 
@@ -208,18 +237,23 @@ class Scheduler:
     def _place(self, job: Job, now_ns: int) -> bool:
         """Dispatch a request that is not realtime, if that leaves enough to those above it."""
         name = job.arrived.service_class
-        bounds_ns = self._guard.tpot_bounds_ns(name, now_ns)
-        wait_ns = self._guard.wait_ns(name, now_ns)
+        bounds_ns, wait_ns = self._guard.limits(name, now_ns)
         fitting = []
-        for offer in self.offers.all(job, now_ns):
+        for offer in self.offers.begun(job, now_ns):
             replica = offer.replica
-            if wait_ns is not None and replica.reading_ns(now_ns) > wait_ns:
+            if offer.harms or (wait_ns is not None and replica.reading_ns(now_ns) > wait_ns):
                 continue
-            bound_ns = tightest(bounds_ns, replica, self.offers.tpot[replica.spec.pool].factor(0))
-            if (bound_ns is None or offer.tpot_ns <= bound_ns) and not offer.harms:
-                fitting.append(offer)
+            # On one that is idle nobody is kept from coming who isn't kept by waiting for it.
+            if bounds_ns and replica.jobs:
+                factor = self.offers.tpot[replica.spec.pool].factor(0)
+                bound_ns = tightest(bounds_ns, replica, factor)
+                if bound_ns is not None and offer.tpot_ns > bound_ns:
+                    continue
+            fitting.append(offer)
         if not fitting:
             return False
+        for offer in fitting:
+            self.offers.finish(offer, job, now_ns)
         keeping = [offer for offer in fitting if offer.keeps(job)]
         self._dispatch(job, cheapest(keeping or fitting), now_ns)
         return True
@@ -251,8 +285,14 @@ class Scheduler:
         replica.add(job, offer.tokens, now_ns)
         self.offers.sent(job, replica)
         name = job.arrived.service_class
-        self._queues[name].charge(job.arrived.tenant, job.read_tokens + job.output_tokens)
+        job.charged_tokens = job.read_tokens + job.output_tokens
+        self._queues[name].charge(job.arrived.tenant, job.charged_tokens)
         self._out.append(Dispatch(job.arrived.id, replica.index, CLASSES.index(name)))
+
+    def _settle(self, job: Job, done_tokens: int) -> None:
+        """Its tenant pays for what it was served there, not for what was expected."""
+        more = job.read_tokens + done_tokens - job.done_tokens - job.charged_tokens
+        self._queues[job.arrived.service_class].charge(job.arrived.tenant, more)
 
     def _number(self, job: Job, replica: Replica) -> None:
         self._promised[replica.spec.pool] += 1
@@ -279,7 +319,10 @@ class Scheduler:
         """When somebody will probably have left: a mean answer's time over all that are at work."""
         working = [r for r in self.replicas if r.jobs and r.state in ("up", "trial")]
         if not working:
-            return _TICK_NS
+            if any(replica.is_open for replica in self.replicas):
+                return _TICK_NS
+            back_ns = [replica.retry_ns for replica in self.replicas if replica.retry_ns]
+            return min(back_ns + self._scale.ready_ns(), default=now_ns + _TICK_NS) - now_ns
         times = []
         for replica in working:
             tpot_ns = replica.tpot_ns(0.0, now_ns) * replica.tpot_drift.factor
@@ -313,7 +356,7 @@ class Scheduler:
                 self._promised[pool] - job.promise_number,
             )
         self._let_in(replica)
-        if any(self._queues.values()):  # its next prompt may come
+        if any(queue.has_next for queue in self._queues.values()):  # its next prompt may come
             self._pump(now_ns)
 
     def _finished(self, event: Finished, now_ns: int) -> None:
@@ -326,6 +369,7 @@ class Scheduler:
         replica.remove(job, now_ns)
         del self.jobs[event.id]
         name = job.arrived.service_class
+        self._settle(job, event.output_tokens)
         self._outputs[name].learn(event.output_tokens)
         if job.tpot_bound_ns is not None:
             self.offers.written_tokens = self._outputs[name].value
@@ -351,9 +395,11 @@ class Scheduler:
         self.replicas[event.replica].remove(job, now_ns)
         job.replica = -1
         job.written_ns = -1
+        self._settle(job, event.done_tokens)
         job.done_tokens = event.done_tokens
         job.read_tokens = job.arrived.prompt_tokens + event.done_tokens
-        if job.arrived.service_class == "flex" and not event.lost:
+        was_lost, job.was_lost = event.lost or job.was_lost, False
+        if job.arrived.service_class == "flex" and not was_lost:
             job.enter(Stage.QUEUED)
             self._reject(job, 498, "flex_yielded", self._seat_in_ns(now_ns))
             return
@@ -367,6 +413,7 @@ class Scheduler:
         replica = self.replicas[event.replica]
         replica.remove(job, now_ns)
         job.replica = -1
+        self._queues[job.arrived.service_class].charge(job.arrived.tenant, -job.charged_tokens)
         job.avoided |= {replica.spec.pool}
         if any(other.can_hold(job) for other in self.replicas):
             self._enqueue(job, now_ns, in_front=True)
@@ -397,11 +444,12 @@ class Scheduler:
         """Dispatch from the queues while there is room: the more urgent class first."""
         for name in CLASSES:
             queue = self._queues[name]
-            while queue:
-                ident = queue.head()
-                if ident is None:
-                    break
+            while (ident := queue.head()) is not None:
                 job = self.jobs[ident]
+                if not self._is_served(job):
+                    queue.take(job.arrived.tenant)
+                    queue.put_aside(ident, job.arrived.tenant)
+                    continue
                 if not self._place(job, now_ns):
                     # A less urgent class gets only what this one can't use at all.
                     return
@@ -422,8 +470,8 @@ class Scheduler:
                 replica.retry_ns = 0
             elif (
                 replica.jobs
-                and replica.state in ("up", "trial")
-                and now_ns - replica.heard_ns > suspect_ns
+                and replica.state in ("up", "trial", "draining")
+                and now_ns - replica.heard_ns > suspect_ns + replica.silence_ns
             ):
                 self._out.append(Log(f"{replica.spec.name} is silent: taken for hung"))
                 self._lose(replica)
@@ -431,8 +479,17 @@ class Scheduler:
         pressed = self.offers.is_tight(now_ns) or any(
             queue for name, queue in self._queues.items() if name != "batch"
         )
-        self._out += self._scale.decide(now_ns, pressed=pressed)
+        wanted = any(self._queues.values())
+        for command in self._scale.decide(now_ns, pressed=pressed, wanted=wanted):
+            self._out.append(command)
+            if isinstance(command, Stop):
+                self.offers.lost(self.replicas[command.replica])
+        self._bring_back()
         self._pump(now_ns)
+
+    def _bring_back(self) -> None:
+        for queue in self._queues.values():
+            queue.bring_back()
 
     def _lose(self, replica: Replica) -> None:
         """Its requests go elsewhere."""
@@ -440,6 +497,7 @@ class Scheduler:
         replica.trial = 0
         for job in list(replica.jobs.values()):
             if job.stage is not Stage.STOPPING:
+                job.was_lost = True
                 self._stop(job)
         replica.forget()
         self.offers.lost(replica)
@@ -452,6 +510,8 @@ class Scheduler:
                 replica.state, replica.trial = "up", 0
 
     def _replica_up(self, event: ReplicaUp, now_ns: int) -> None:
+        if self.next_wakeup_ns() is None:
+            self._tick_ns = now_ns
         replica = self.replicas[event.replica]
         if replica.state == "down":
             replica.state, replica.trial = "trial", 1
@@ -459,6 +519,7 @@ class Scheduler:
         elif replica.state in ("off", "starting"):
             replica.state = "up"
         replica.heard_ns = now_ns
+        self._bring_back()
         self._pump(now_ns)
 
     def _replica_down(self, event: ReplicaDown, now_ns: int) -> None:
@@ -481,7 +542,9 @@ class Scheduler:
                     self._stop(job)
                 replica.remove(job, now_ns)
         if self.power.is_over:
-            told = f"realtime work keeps {self.power.reserved_w:.0f} W reserved, over the cap of"
+            is_idle = not any(replica.jobs for replica in self.replicas)
+            who = "idling takes" if is_idle else "realtime work keeps"
+            told = f"{who} {self.power.reserved_w:.0f} W reserved, over the cap of"
             self._out.append(Log(f"{told} {event.cap_w:.0f} W"))
         self._pump(now_ns)
 

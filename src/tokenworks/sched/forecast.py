@@ -37,6 +37,9 @@ class Forecast:
         self._is_split = isinstance(prepared, PrefillDecode)
         if isinstance(prepared, PrefillDecode):
             self._reader, self._writer = prepared.prefill, prepared.decode
+        # Whether reading a prompt costs those who write nothing; what comes after reading.
+        self._reads_apart = self._is_split or pass_ns is not None
+        self.after_reading_ns = 0.0 if self._is_split else pass_ns or 0.0
         self.line = lru_cache(maxsize=None)(self._line)
         self.alone = lru_cache(maxsize=4096)(self._alone_between)
         self._grid = [self._read_alone(tokens) for tokens in _GRID]
@@ -114,17 +117,10 @@ class Forecast:
         (low_ns, low_j), (high_ns, high_j) = self._grid[at - 1], self._grid[at]
         return low_ns + share * (high_ns - low_ns), low_j + share * (high_j - low_j)
 
-    def read_ns(self, tokens: int, count: int, context_tokens: float) -> float:
-        """How long reading a prompt takes beside `count` sequences that decode."""
-        alone = self.alone(tokens)[0]
-        if not count or self._is_split or self.pass_ns is not None:
-            return alone
+    def read_ns(self, tokens: int, count: int, step_ns: float) -> float:
+        """How long reading a prompt takes beside `count` sequences whose steps take `step_ns`."""
+        alone_ns: float = self.alone(tokens)[0]
+        if not count or self._reads_apart:
+            return alone_ns
         steps = -(-tokens // max(self.step_tokens - count, 1))
-        return max(alone - steps * self._grid[0][0], 0.0) + steps * self.step_ns(
-            count, context_tokens
-        )
-
-    @property
-    def after_reading_ns(self) -> float:
-        """Between the end of reading and the first token."""
-        return self.pass_ns or 0.0 if not self._is_split else 0.0
+        return max(alone_ns - steps * self._grid[0][0], 0.0) + steps * step_ns

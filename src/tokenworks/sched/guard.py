@@ -19,38 +19,50 @@ class Guard:
     """The bounds of classes that came lately, seen from those below them."""
 
     def __init__(self, classes: Mapping[ServiceClass, ClassRules], policy: Policy) -> None:
-        self._classes, self._policy = classes, policy
-        self._seen_ns: dict[ServiceClass, int] = {}
+        self._seen_ns = dict.fromkeys(CLASSES, -_LATELY_NS)
+        # For each class those above it: a name, and what its bounds leave to the class.
+        self._above: dict[ServiceClass, list[tuple[ServiceClass, float | None, float | None]]] = {}
+        for rank, name in enumerate(CLASSES):
+            fraction = policy.guard_fraction ** max(rank, 1)
+            self._above[name] = [
+                (
+                    other,
+                    _part(classes[other].tpot_ns, fraction),
+                    _part(classes[other].ttft_ns, policy.prompt_fraction),
+                )
+                for other in CLASSES[:rank]
+            ]
 
     def note(self, name: ServiceClass, now_ns: int) -> None:
         """A request of the class came."""
         self._seen_ns[name] = now_ns
 
-    def _above(self, name: ServiceClass, now_ns: int) -> list[ClassRules]:
-        return [
-            self._classes[other]
-            for other in CLASSES[: CLASSES.index(name)]
-            if now_ns - self._seen_ns.get(other, -_LATELY_NS) < _LATELY_NS
-        ]
-
-    def tpot_bounds_ns(self, name: ServiceClass, now_ns: int) -> list[float]:
+    def limits(self, name: ServiceClass, now_ns: int) -> tuple[list[float], float | None]:
         """Times per token up to which the class may fill a replica, the tightest first: each for
-        the replicas that could keep it if they were empty.
+        the replicas that could keep it if they were empty. And how long a prompt of the classes
+        above may be kept waiting by prompts of this one.
         """
-        fraction = self._policy.guard_fraction ** max(CLASSES.index(name), 1)
-        above = self._above(name, now_ns)
-        return sorted(rules.tpot_ns * fraction for rules in above if rules.tpot_ns is not None)
+        bounds_ns: list[float] = []
+        most_ns: float | None = None
+        for other, tpot_ns, wait_ns in self._above[name]:
+            if now_ns - self._seen_ns[other] >= _LATELY_NS:
+                continue
+            if tpot_ns is not None:
+                bounds_ns.append(tpot_ns)
+            if wait_ns is not None and (most_ns is None or wait_ns < most_ns):
+                most_ns = wait_ns
+        bounds_ns.sort()
+        return bounds_ns, most_ns
 
-    def wait_ns(self, name: ServiceClass, now_ns: int) -> float | None:
-        """How long a prompt of the classes above may be kept waiting by prompts of this one."""
-        bounds = [c.ttft_ns for c in self._above(name, now_ns) if c.ttft_ns is not None]
-        return min(bounds) * self._policy.prompt_fraction if bounds else None
+
+def _part(bound_ns: int | None, fraction: float) -> float | None:
+    return None if bound_ns is None else bound_ns * fraction
 
 
 def tightest(bounds_ns: list[float], replica: Replica, factor: float) -> float | None:
     """The one of `bounds_ns` that binds on this replica; None if it could keep none of them."""
-    if not bounds_ns:
-        return None
-    alone_ns = replica.forecast.step_ns(1, 1000.0) / replica.spec.tokens_per_step
-    alone_ns *= replica.tpot_drift.factor * factor
-    return next((bound_ns for bound_ns in bounds_ns if alone_ns <= bound_ns), None)
+    alone_ns = replica.lone_ns * (replica.tpot_drift.factor * factor)
+    for bound_ns in bounds_ns:
+        if alone_ns <= bound_ns:
+            return bound_ns
+    return None

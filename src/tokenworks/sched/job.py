@@ -34,10 +34,11 @@ class Job:
     """
 
     __slots__ = (
-        "accepted", "arrived", "arrived_ns", "avoided", "context", "done_tokens", "fill",
-        "forecast_tpot_ns", "forecast_ttft_ns", "need_tokens", "output_tokens", "prior_tpot_ns",
-        "prior_ttft_ns", "promise", "promise_number", "promised_by", "queued_ns", "read_tokens",
-        "replica", "sent_ns", "stage", "tpot_bound_ns", "ttft_bound_ns", "was_queued", "written_ns",
+        "accepted", "arrived", "arrived_ns", "avoided", "charged_tokens", "context", "done_tokens",
+        "fill", "forecast_tpot_ns", "forecast_ttft_ns", "need_tokens", "output_tokens",
+        "prior_tpot_ns", "prior_ttft_ns", "promise", "promise_number", "promised_by", "queued_ns",
+        "read_tokens", "replica", "sent_ns", "stage", "tpot_bound_ns", "ttft_bound_ns", "was_lost",
+        "was_queued", "written_ns",
     )  # fmt: skip
 
     def __init__(self, arrived: Arrived, now_ns: int, output_tokens: int) -> None:
@@ -46,9 +47,9 @@ class Job:
         self.stage = Stage.NEW
         self.accepted = False
         self.avoided: frozenset[str] = frozenset()  # pools that can't take it
-        self.was_queued = False
+        self.was_queued = self.was_lost = False
         self.replica = self.promised_by = -1
-        self.done_tokens = 0
+        self.done_tokens = self.charged_tokens = 0
         self.output_tokens = output_tokens  # as expected
         self.need_tokens = arrived.prompt_tokens + output_tokens  # in the cache, in the end
         self.context = arrived.prompt_tokens + output_tokens / 2

@@ -26,11 +26,12 @@ class Offer:
 
     __slots__ = (
         "cost",
-        "harm_ns",
+        "harms",
         "read_j",
         "replica",
         "token_j",
         "tokens",
+        "tpot_forecast_ns",
         "tpot_ns",
         "tpot_prior_ns",
         "ttft_ns",
@@ -41,19 +42,14 @@ class Offer:
         self.replica, self.tokens = replica, tokens
         self.cost = self.read_j = self.token_j = 0.0
         self.ttft_ns = self.tpot_ns = self.ttft_prior_ns = self.tpot_prior_ns = 0.0
-        self.harm_ns = 0.0  # time per token of those who write there, while its prompt is read
+        self.tpot_forecast_ns = 0.0
+        self.harms = False  # whether it would probably break a bound of somebody who is there
 
     def keeps(self, job: Job) -> bool:
         """Whether it meets the request's bounds."""
         if job.ttft_bound_ns is not None and self.ttft_ns > job.ttft_bound_ns:
             return False
         return job.tpot_bound_ns is None or self.tpot_ns <= job.tpot_bound_ns
-
-    @property
-    def harms(self) -> bool:
-        """Whether it would probably break a bound of somebody who is there."""
-        tightest_ns = self.replica.tightest_ns
-        return tightest_ns is not None and self.harm_ns > tightest_ns
 
 
 def cheapest(offers: Sequence[Offer]) -> Offer:
@@ -81,21 +77,31 @@ class Offers:
         """Whether somebody was refused lately for want of room: saving goes second then."""
         return now_ns - self.tight_ns < _CALM_NS
 
-    def all(self, job: Job, now_ns: int) -> list[Offer]:
-        """Of each replica with room for the request; of idle ones of a pool, which are all alike,
-        the first.
+    def all(self, job: Job, now_ns: int, *, alike: bool = True) -> list[Offer]:
+        """Of each replica with room for the request; where idle ones may be taken as `alike` (one
+        pool, about the same speed), the first of them.
         """
+        offers = self.begun(job, now_ns, alike=alike)
+        for offer in offers:
+            self.finish(offer, job, now_ns)
+        return offers
+
+    def begun(self, job: Job, now_ns: int, *, alike: bool = True) -> list[Offer]:
+        """The same without what a first token and the whole would take: see `finish`."""
         hits = self.hits(job)
+        is_capped = self._power.cap_w is not None
         offers = []
-        idle: set[str] = set()
+        idle: set[tuple[str, int, int]] = set()
         for replica in self._replicas:
-            if not replica.jobs and replica.index not in hits:
-                if replica.spec.pool in idle:
+            if alike and not replica.jobs and replica.index not in hits:
+                kind = (replica.spec.pool, replica.ttft_drift.about, replica.tpot_drift.about)
+                if kind in idle:
                     continue
                 if replica.is_open:
-                    idle.add(replica.spec.pool)
-            if replica.has_room(job) and self._power.allows(replica):
-                offers.append(self.of(job, replica, hits.get(replica.index, 0), now_ns))
+                    idle.add(kind)
+            if replica.has_room(job) and (not is_capped or self._power.allows(replica)):
+                hit = hits.get(replica.index, 0) if hits else 0
+                offers.append(self._begin(job, replica, hit, now_ns))
         return offers
 
     def hits(self, job: Job) -> dict[int, int]:
@@ -110,29 +116,42 @@ class Offers:
 
     def of(self, job: Job, replica: Replica, hit: int, now_ns: int) -> Offer:
         """What a replica could do for a request of which it has `hit` tokens in its cache."""
-        pool = replica.spec.pool
-        tokens = max(job.read_tokens - hit, 1)
-        offer = Offer(replica, tokens)
-        offer.ttft_prior_ns = replica.ttft_ns(tokens, now_ns)
+        offer = self._begin(job, replica, hit, now_ns)
+        self.finish(offer, job, now_ns)
+        return offer
+
+    def _begin(self, job: Job, replica: Replica, hit: int, now_ns: int) -> Offer:
+        """Its time per token, and whether it harms."""
+        offer = Offer(replica, max(job.read_tokens - hit, 1))
         offer.tpot_prior_ns = replica.tpot_ns(job.context, now_ns)
+        forecast_ns = offer.tpot_prior_ns * replica.tpot_drift.factor
+        offer.tpot_forecast_ns = forecast_ns
+        offer.tpot_ns = forecast_ns * self.tpot[replica.spec.pool].factor(fill(replica))
+        if replica.tightest_ns is not None:
+            # Those who write there wait while its prompt is read.
+            read_ns = replica.reading_ns(now_ns) + replica.forecast.alone(offer.tokens)[0]
+            offer.harms = forecast_ns + read_ns / self.written_tokens > replica.tightest_ns
+        return offer
+
+    def finish(self, offer: Offer, job: Job, now_ns: int) -> None:
+        """Its time to the first token, its joules, and what it costs all in all."""
+        replica, tpot_ns = offer.replica, offer.tpot_forecast_ns
+        offer.ttft_prior_ns = replica.ttft_ns(offer.tokens, now_ns)
         ttft_ns = offer.ttft_prior_ns * replica.ttft_drift.factor
-        tpot_ns = offer.tpot_prior_ns * replica.tpot_drift.factor
-        offer.ttft_ns = ttft_ns * self.ttft[pool, False].factor
-        offer.tpot_ns = tpot_ns * self.tpot[pool].factor(fill(replica))
-        own_ns = replica.forecast.alone(tokens)[0]
-        offer.harm_ns = tpot_ns + (replica.reading_ns(now_ns) + own_ns) / self.written_tokens
-        offer.read_j, offer.token_j = replica.joules(job, tokens)
+        offer.ttft_ns = ttft_ns * self.ttft[replica.spec.pool, False].factor
+        offer.read_j, offer.token_j = replica.joules(job, offer.tokens)
         if self._route == "latency" or self.is_tight(now_ns):
             # Its own time, and what reading it costs those who are there.
+            own_ns = replica.forecast.alone(offer.tokens)[0]
             offer.cost = ttft_ns + job.output_tokens * tpot_ns + own_ns * len(replica.jobs)
         elif self._route == "energy":
             offer.cost = offer.read_j + job.output_tokens * offer.token_j
         else:
             # The share of a replica's time that it takes, at the replica's price.
             others = len(replica.jobs) + 1
-            busy_ns = job.output_tokens * tpot_ns / others + replica.forecast.alone(tokens)[0]
+            own_ns = replica.forecast.alone(offer.tokens)[0]
+            busy_ns = job.output_tokens * tpot_ns / others + own_ns
             offer.cost = (replica.usd_per_s or 0.0) * busy_ns
-        return offer
 
     def sent(self, job: Job, replica: Replica) -> None:
         """A replica was given the request: it will have its prompt."""

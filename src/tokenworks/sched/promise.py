@@ -6,6 +6,8 @@ raises it by rate * target, a kept one lowers it by rate * (1 - target). It stan
 the share of broken promises is what it should be, whatever the distribution does (quantile
 tracking with an integrator: Angelopoulos, Candes, Tibshirani, arXiv 2307.16895). The more promises
 are out, the later their verdicts come, and the smaller the rate: else the correction would swing.
+It goes by how late verdicts are on average: those on broken promises come later, and would count
+for less.
 """
 
 from bisect import bisect_left, insort
@@ -21,6 +23,7 @@ _EASE: Final = 20
 _CARE: Final = 0.15
 _ENOUGH: Final = 100  # scores for a condition of its own
 _MOST: Final = 1.5  # how far the correction goes
+_COARSE: Final = 0.4  # steps of logarithms that tell slow replicas from others
 _LEARN: Final = 0.06  # weight of a new score in the running mean
 
 
@@ -94,6 +97,7 @@ class Drift:
         self._mean = 0.0
         self._seen = 0
         self.factor = 1.0  # what to multiply the prior by
+        self.about = 0  # the same in coarse steps
 
     def learn(self, prior_ns: float, actual_ns: float) -> None:
         """One more pair; the first few count as equals."""
@@ -101,6 +105,7 @@ class Drift:
         score = log(max(actual_ns, 1.0) / max(prior_ns, 1.0))
         self._mean += max(_LEARN, 1 / self._seen) * (score - self._mean)
         self.factor = exp(self._mean)
+        self.about = round(self._mean / _COARSE)
 
 
 class Mean:

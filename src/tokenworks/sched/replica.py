@@ -1,41 +1,25 @@
 """A replica as the scheduler knows it: what it was given, and how it probably stands."""
 
 from collections import Counter
+from collections.abc import Mapping
 from math import exp
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
-import msgspec
-
-from tokenworks.sched.forecast import Forecast
 from tokenworks.sched.job import Job
 from tokenworks.sched.promise import Drift
+from tokenworks.sched.spec import Spec
 
 _MEMORY_NS: Final = 8e9  # over which what is usual is a mean
 _LEAST_LEFT: Final = 0.1  # of the time, for tokens, however much is read
 # A batch drifts back to its usual size as fast as requests leave it: over the life of one of them,
 # its size is on average this much what it is now, and for the rest what it usually is.
 _STAYS: Final = 1 - exp(-1)
+_DRIFTS: Final = 1 - _STAYS
+_BOOKS: Final = (
+    "context_tokens", "heard_ns", "kv_tokens", "read_until_ns", "tightest_ns", "_read_share",
+    "_share_ns", "_step_j", "_step_ns", "_usual", "_usual_ns", "_writing",
+)  # fmt: skip
 State = Literal["off", "starting", "up", "trial", "down", "draining"]
-
-
-class Spec(msgspec.Struct, frozen=True):
-    """What is known of a replica beforehand.
-
-    `kv_tokens`: that its cache holds, `context_tokens`: of the longest request; `idle_w`: of all
-    its devices; `usd_per_s`: while it is on (None: not known); `tokens_per_step`: of a sequence.
-    """
-
-    name: str
-    pool: str
-    processor: str
-    forecast: Forecast
-    seats: int
-    kv_tokens: int
-    context_tokens: int
-    idle_w: float = 0.0
-    usd_per_s: float | None = None
-    tokens_per_step: float = 1.0
-    is_on: bool = True
 
 
 class Replica:
@@ -48,6 +32,8 @@ class Replica:
         self.trial = 0  # the most jobs while it is let back in; 0: as many as there are seats
         self.heard_ns = self.retry_ns = 0
         self.ttft_drift, self.tpot_drift = Drift(), Drift()
+        # Of one that is there alone, per token.
+        self.lone_ns = self.forecast.step_ns(1, 1000.0) / spec.tokens_per_step
         self.forget()
 
     def forget(self) -> None:
@@ -56,12 +42,14 @@ class Replica:
         self.context_tokens = 0.0
         self.kv_tokens = 0
         self._bounds: Counter[int] = Counter()  # times per token asked for
+        self.tightest_ns: int | None = None  # of them
         self.reading: dict[int, float] = {}  # nanoseconds each prompt will probably take
         self.read_until_ns = 0.0
         self._read_share = 0.0
         self._share_ns = 0
         self._usual = 0.0  # requests, over the memory above
         self._usual_ns = 0
+        self._stands()
 
     # Whether
 
@@ -72,35 +60,46 @@ class Replica:
 
     def has_room(self, job: Job) -> bool:
         """A seat, and cache for the request as long as it is expected to get."""
-        spec = self.spec
-        if len(self.jobs) >= spec.seats or not self.is_open:
+        spec, jobs = self.spec, self.jobs
+        if len(jobs) >= spec.seats or not self.is_open or not self.can_hold(job):
             return False
-        if not self.can_hold(job):
-            return False
-        return self.kv_tokens + job.need_tokens <= spec.kv_tokens or not self.jobs
+        return self.kv_tokens + job.need_tokens <= spec.kv_tokens or not jobs
 
     def can_hold(self, job: Job) -> bool:
         """Whether it could serve the request at all, as far as anyone knows."""
         spec = self.spec
         return job.read_tokens < spec.context_tokens and spec.pool not in job.avoided
 
+    def could_read(self, job: Job, bound_ns: int) -> bool:
+        """Whether the prompt could be read in time if nobody else were there."""
+        return self.can_hold(job) and self.forecast.alone(job.read_tokens)[0] <= bound_ns
+
+    def saved(self) -> Mapping[str, Any]:
+        """All that is known of it now, for `put_back`."""
+        copies = {name: getattr(self, name).copy() for name in ("jobs", "reading", "_bounds")}
+        return {**{name: getattr(self, name) for name in _BOOKS}, **copies}
+
+    def put_back(self, saved: Mapping[str, Any]) -> None:
+        """It is as it was then."""
+        for name, value in saved.items():
+            setattr(self, name, value)
+
     # How long
 
     def ttft_ns(self, tokens: int, now_ns: int) -> float:
         """From now to the first token of a prompt of which so many are not in the cache (prior)."""
-        count = len(self.jobs) - len(self.reading)
-        forecast = self.forecast
         begin_ns = self.read_until_ns - now_ns
         if begin_ns <= 0:
-            begin_ns = forecast.step_ns(count, self.context_tokens) / 2 if count else 0.0
-        own_ns = forecast.read_ns(tokens, count, self.context_tokens)
-        return begin_ns + own_ns + forecast.after_reading_ns
+            begin_ns = self._step_ns / 2
+        own_ns = self.forecast.read_ns(tokens, self._writing, self._step_ns)
+        return begin_ns + own_ns + self.forecast.after_reading_ns
 
     def tpot_ns(self, context: float, now_ns: int, without: int = 0) -> float:
         """Per token, if one with so much context came and `without` others were gone (prior)."""
-        count = max(len(self.jobs) - without, 0)
-        others = round(_STAYS * count + (1 - _STAYS) * self.usual(now_ns))
-        each = self.context_tokens / len(self.jobs) if self.jobs else context
+        there = len(self.jobs)
+        count = there - without if there > without else 0
+        others = round(_STAYS * count + _DRIFTS * self.usual(now_ns))
+        each = self.context_tokens / there if there else context
         step_ns = self.forecast.step_ns(others + 1, each * others + context)
         if self.forecast.pass_ns is None:
             step_ns /= max(1.0 - self.read_share(now_ns), _LEAST_LEFT)
@@ -111,9 +110,9 @@ class Replica:
         return max(self.read_until_ns - now_ns, 0.0)
 
     @property
-    def tightest_ns(self) -> int | None:
-        """The tightest time per token that a request there asks for."""
-        return min(self._bounds) if self._bounds else None
+    def silence_ns(self) -> float:
+        """How long it may say nothing because it reads: the longest prompt there."""
+        return max(self.reading.values(), default=0.0) * self.ttft_drift.factor
 
     def read_share(self, now_ns: int) -> float:
         """The share of its time that prompts have taken lately."""
@@ -132,9 +131,8 @@ class Replica:
 
     def joules(self, job: Job, tokens: int) -> tuple[float, float]:
         """More than without it: for reading so many tokens, and for each one said."""
-        count, context = len(self.jobs), self.context_tokens
-        with_it = self.forecast.energy_j(count + 1, context + job.context)
-        more = with_it - self.forecast.energy_j(count, context)
+        context = self.context_tokens + job.context
+        more = self.forecast.energy_j(len(self.jobs) + 1, context) - self._step_j
         return self.forecast.alone(tokens)[1], max(more, 0.0) / self.spec.tokens_per_step
 
     # What happens
@@ -142,24 +140,32 @@ class Replica:
     def add(self, job: Job, tokens: int, now_ns: int) -> None:
         """It is given a request."""
         self.usual(now_ns)
-        count = len(self.jobs) - len(self.reading)
-        read_ns = self.forecast.read_ns(tokens, count, self.context_tokens)
+        read_ns = self.forecast.read_ns(tokens, self._writing, self._step_ns)
         self.read_until_ns = max(self.read_until_ns, now_ns) + read_ns * self.ttft_drift.factor
         self.reading[job.arrived.id] = read_ns
-        extra_ns = read_ns - self.forecast.step_ns(count, self.context_tokens)
+        extra_ns = read_ns - self._step_ns
         self._read_share = self.read_share(now_ns) + max(extra_ns, 0.0) / _MEMORY_NS
         if not self.jobs:
             self.heard_ns = now_ns
         self.jobs[job.arrived.id] = job
         if job.tpot_bound_ns is not None:
             self._bounds[job.tpot_bound_ns] += 1
+            self.tightest_ns = min(self._bounds)
         self.context_tokens += job.context
         self.kv_tokens += job.need_tokens
+        self._stands()
 
     def read(self, job: Job, now_ns: int) -> None:
         """It has read the request's prompt."""
         if self.reading.pop(job.arrived.id, None) is not None:
             self._expect(now_ns)
+            self._stands()
+
+    def _stands(self) -> None:
+        """Work out the step that it is in: time without prompts; joules once all are read."""
+        self._writing = len(self.jobs) - len(self.reading)
+        self._step_ns = self.forecast.step_ns(self._writing, self.context_tokens)
+        self._step_j = self.forecast.energy_j(len(self.jobs), self.context_tokens)
 
     def _expect(self, now_ns: int) -> None:
         left_ns = sum(self.reading.values()) * self.ttft_drift.factor
@@ -177,5 +183,7 @@ class Replica:
             self._bounds[job.tpot_bound_ns] -= 1
             if not self._bounds[job.tpot_bound_ns]:
                 del self._bounds[job.tpot_bound_ns]
+                self.tightest_ns = min(self._bounds, default=None)
         self.kv_tokens -= job.need_tokens
         self.context_tokens = self.context_tokens - job.context if self.jobs else 0.0
+        self._stands()

@@ -31,29 +31,39 @@ class Scale:
         }
         self._rules, self._power, self._bound_ns = rules, power, bound_ns
         self._calm_ns = dict.fromkeys(rules, 0)  # since when one fewer would do
+        self._ready_ns: dict[int, int] = {}  # when those that are starting will be
 
     @property
     def is_due(self) -> bool:
         """Whether time alone can change something."""
         return any(
-            sum(replica.state in ("up", "draining") for replica in pool) > self._rules[name].least
+            sum(replica.state in ("up", "trial", "draining") for replica in pool)
+            > self._rules[name].least
             for name, pool in self._pools.items()
         )
 
-    def decide(self, now_ns: int, *, pressed: bool) -> Iterator[Command]:
-        """What to turn on or off; `pressed`: somebody waits, or was refused lately."""
+    def ready_ns(self) -> list[int]:
+        """When those that are starting will be ready."""
+        starting = (r for pool in self._pools.values() for r in pool if r.state == "starting")
+        return [self._ready_ns[replica.index] for replica in starting]
+
+    def decide(self, now_ns: int, *, pressed: bool, wanted: bool) -> Iterator[Command]:
+        """What to turn on or off; `pressed`: somebody waits, or was refused lately; `wanted`:
+        anybody waits, batch work too.
+        """
         for name, pool in self._pools.items():
             rules = self._rules[name]
             for replica in pool:
                 if replica.state == "draining" and not replica.jobs:
-                    replica.state = "off"
+                    replica.state, replica.trial = "off", 0
                     yield Stop(replica.index)
             on = [replica for replica in pool if replica.state in ("up", "trial")]
-            full = pressed or not on or self._would_be_full(on, len(on), rules)
-            if full or not self._one_fewer_does(on, rules):
+            missing = len(on) < rules.least or (wanted and not on)
+            full = pressed or missing or (on and self._would_be_full(on, len(on), rules))
+            if full or not self._one_fewer_does(on, rules, wanted=wanted):
                 self._calm_ns[name] = now_ns
             if full:
-                yield from self._more(pool)
+                yield from self._more(pool, now_ns + round(rules.warm_s * NS_PER_S))
             elif len(on) > rules.least and now_ns - self._calm_ns[name] >= (
                 rules.idle_s * NS_PER_S
             ):
@@ -61,21 +71,24 @@ class Scale:
                 least = min(on, key=lambda replica: len(replica.jobs))
                 least.state = "draining"
 
-    def _more(self, pool: Sequence[Replica]) -> Iterator[Command]:
+    def _more(self, pool: Sequence[Replica], ready_ns: int) -> Iterator[Command]:
         """One at a time; one that is being drained is warm already."""
         draining = next((replica for replica in pool if replica.state == "draining"), None)
         if draining is not None:
-            draining.state = "up"
+            draining.state = "trial" if draining.trial else "up"
             return
         if any(replica.state == "starting" for replica in pool):
             return
         off = next((replica for replica in pool if replica.state == "off"), None)
         if off is not None and self._power.allows_on(off):
             off.state = "starting"
+            self._ready_ns[off.index] = ready_ns
             yield Start(off.index)
 
-    def _one_fewer_does(self, on: Sequence[Replica], rules: ScaleRules) -> bool:
-        return len(on) > 1 and not self._would_be_full(on, len(on) - 1, rules)
+    def _one_fewer_does(self, on: Sequence[Replica], rules: ScaleRules, *, wanted: bool) -> bool:
+        if len(on) > 1:
+            return not self._would_be_full(on, len(on) - 1, rules)
+        return not wanted and not any(replica.jobs for replica in on)
 
     def _would_be_full(self, on: Sequence[Replica], count: int, rules: ScaleRules) -> bool:
         """Whether `count` replicas would be, with all the work that is on these."""

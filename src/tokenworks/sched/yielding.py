@@ -21,17 +21,38 @@ def make_room(
         if replica.state != "up" or not yielding:
             continue
         for count in sorted({max(len(yielding) // 2, 1), len(yielding)}):
-            gone = yielding[:count]
+            before, gone = replica.saved(), yielding[:count]
             for other in gone:
                 replica.remove(other, now_ns)
             fits = replica.has_room(job) and power.allows(replica)
             offer = offers.of(job, replica, hits.get(replica.index, 0), now_ns)
             if fits and offer.keeps(job):
                 return offer, gone
-            for other in reversed(gone):
-                replica.add(other, 1, now_ns)
-                if other.stage is Stage.WRITING:
-                    replica.read(other, now_ns)
+            replica.put_back(before)
+    return _free_watts(job, replicas, offers, power, now_ns) if power.cap_w is not None else None
+
+
+def _free_watts(
+    job: Job, replicas: Sequence[Replica], offers: Offers, power: Power, now_ns: int
+) -> tuple[Offer, list[Job]] | None:
+    """An offer of a replica that lacks only watts, and the work that stops elsewhere for them."""
+    hits = offers.hits(job)
+    idle = [r for r in replicas if r.has_room(job) and not power.allows(r)]
+    found = [offers.of(job, r, hits.get(r.index, 0), now_ns) for r in idle]
+    keeping = [offer for offer in found if offer.keeps(job)]
+    donors = [r for r in replicas if r.jobs and all(map(_yields, r.jobs.values()))]
+    donors.sort(key=lambda each: len(each.jobs))
+    for offer in sorted(keeping, key=lambda each: each.cost):
+        before = [donor.saved() for donor in donors]
+        gone: list[Job] = []
+        for donor in donors:
+            for other in reversed(list(donor.jobs.values())):
+                gone.append(other)
+                donor.remove(other, now_ns)
+            if power.allows(offer.replica):
+                return offer, gone
+        for donor, saved in zip(donors, before, strict=True):
+            donor.put_back(saved)
     return None
 
 

@@ -18,7 +18,7 @@ from tokenworks.engine.work import Engine
 from tokenworks.errors import UserError
 from tokenworks.model.shape import Shape
 from tokenworks.sched.forecast import Forecast
-from tokenworks.sched.replica import Spec
+from tokenworks.sched.spec import Spec
 from tokenworks.twin.scenario import Pool, Scenario
 from tokenworks.units import NS_PER_S, PS_PER_NS
 

@@ -59,6 +59,13 @@ class Driven(Protocol):
         ...
 
 
+def _bounds_ns(rules: ClassRules | None) -> tuple[int, int]:
+    """A class's, as outcomes have them."""
+    bounds = rules or ClassRules()
+    ttft_ns, tpot_ns = bounds.ttft_ns, bounds.tpot_ns
+    return NONE if ttft_ns is None else ttft_ns, NONE if tpot_ns is None else tpot_ns
+
+
 class _Open:
     """A request under way, with what only the twin knows."""
 
@@ -92,6 +99,9 @@ class Twin:
         self.units, self.scheduler, self.rules = units, scheduler, rules
         self.oracle, self._seen_tokens = oracle, seen_tokens
         self.outcomes = Outcomes()
+        self._bounds_ns: dict[str, tuple[int, int]] = {
+            name: _bounds_ns(rules.classes.get(name)) for name in CLASSES
+        }
         self.hours = [Hours(is_on=unit.spec.is_on, usd_per_s=unit.spec.usd_per_s) for unit in units]
         self.log: list[tuple[int, str]] = []
         self.now_ns = 0
@@ -101,6 +111,8 @@ class Twin:
         self._due: list[int | None] = [None] * len(units)  # the engines' entries in the heap
         self._reports = [False] * len(units)  # whether a report is due
         self._told = [0] * len(units)  # tokens reported
+        self._crashed: set[int] = set()
+        self._ready_ns = [0] * len(units)  # when each has warmed up
         self._wake_ns: int | None = None
         self._moved_ns = 0  # when something last happened but a wake-up
         for trouble in troubles:
@@ -126,7 +138,7 @@ class Twin:
             if following is not None:
                 arrival_ns = following[1].arrival_ns
                 if at_ns is None or (arrival_ns, _ARRIVAL) < (at_ns, heap[0][1]):
-                    self.now_ns = arrival_ns
+                    self.now_ns = self._moved_ns = arrival_ns
                     self._arrive(*following)
                     if tell is not None and following[0] % _TELL_EVERY == 0:
                         tell(following[0])
@@ -160,6 +172,8 @@ class Twin:
                 self._tell(None)
         elif rank == _PROGRESS:
             self._report(index)
+        elif rank == _POWER:
+            self._change(what)
         else:
             self._suffer(what)
 
@@ -189,13 +203,23 @@ class Twin:
                     index = command.replica
                     self.hours[index].turn(self.now_ns, on=True)
                     ready_ns = self.now_ns + self.units[index].warm_ns
-                    self._push(ready_ns, _TROUBLE, index, Trouble(ready_ns, "up", index))
+                    self._ready_ns[index] = ready_ns
+                    self._push(ready_ns, _TROUBLE, index, Trouble(ready_ns, "warm", index))
                 case Stop():
-                    self.hours[command.replica].turn(self.now_ns, on=False)
+                    self._turn_off(command.replica)
         at_ns = self.scheduler.next_wakeup_ns()
         if at_ns is not None and at_ns != self._wake_ns:
             self._wake_ns = at_ns
             self._push(at_ns, _WAKE, 0, None)
+
+    def _turn_off(self, index: int) -> None:
+        """It will be as good as new, with nothing in its cache."""
+        self.hours[index].turn(self.now_ns, on=False)
+        engine = self.units[index].engine
+        engine.crash(self.now_ns)
+        engine.resume(self.now_ns)
+        engine.slow(1000, self.now_ns)
+        self._expect(index)
 
     def _arrive(self, ident: int, request: Request) -> None:
         self._open[ident] = _Open(request)
@@ -279,7 +303,8 @@ class Twin:
         for notice in notices:
             open_ = self._open[notice.id]
             if notice.kind == "first":
-                open_.first_ns = notice.at_ns
+                if open_.first_ns == NONE:  # else it went on here from what it had said elsewhere
+                    open_.first_ns = notice.at_ns
                 self._tell(FirstToken(notice.id, index))
             elif notice.kind == "finished":
                 open_.energy_nj += notice.energy_nj
@@ -307,7 +332,7 @@ class Twin:
     def _end(self, ident: int, status: Any, reason: str) -> None:
         open_ = self._open.pop(ident)
         request, promise = open_.request, open_.promise
-        rules = self.rules.classes.get(request.service_class, ClassRules())
+        ttft_bound_ns, tpot_bound_ns = self._bounds_ns[request.service_class]
         self.outcomes.add(
             Outcome(
                 ident,
@@ -323,8 +348,8 @@ class Twin:
                 open_.dispatched_ns,
                 open_.first_ns,
                 self.now_ns if status == "finished" else NONE,
-                NONE if rules.ttft_ns is None else rules.ttft_ns,
-                NONE if rules.tpot_ns is None else rules.tpot_ns,
+                ttft_bound_ns,
+                tpot_bound_ns,
                 NONE if promise is None else promise.ttft_ns,
                 NONE if promise is None else promise.tpot_ns,
                 open_.energy_nj,
@@ -334,22 +359,23 @@ class Twin:
 
     # Troubles
 
+    def _change(self, change: Trouble) -> None:
+        if change.kind == "cap":
+            self._tell(PowerCapChanged(change.cap_w))
+        else:
+            self.hours[change.replica].price(change.usd_per_s, self.now_ns)
+            self._tell(PriceChanged(change.replica, change.usd_per_s))
+
     def _suffer(self, trouble: Trouble) -> None:
         engine, index = self.units[trouble.replica].engine, trouble.replica
         now_ns = self.now_ns
-        if trouble.kind == "cap":
-            self._tell(PowerCapChanged(trouble.cap_w))
-            return
-        if trouble.kind == "price":
-            self.hours[index].price(trouble.usd_per_s, now_ns)
-            self._tell(PriceChanged(index, trouble.usd_per_s))
-            return
         if not self.hours[index].is_on:
             return  # what is off doesn't fail
         notices = engine.advance(now_ns)
         self._notice(index, notices)
         match trouble.kind:
             case "crash":
+                self._crashed.add(index)
                 lost = engine.crash(now_ns)
                 self._expect(index)
                 self._tell(ReplicaDown(index))
@@ -362,6 +388,11 @@ class Twin:
                 engine.resume(now_ns)
             case "slow":
                 engine.slow(trouble.permille, now_ns)
+            case "warm":
+                if index not in self._crashed:
+                    self._tell(ReplicaUp(index))
             case "up":
-                self._tell(ReplicaUp(index))
+                if index in self._crashed and now_ns >= self._ready_ns[index]:
+                    self._tell(ReplicaUp(index))
+                self._crashed.discard(index)
         self._expect(index)

@@ -121,7 +121,7 @@ def parse(data: bytes, place: str) -> Scenario:
     """The scenario in a TOML file's bytes; UserError naming `place`, the key and the remedy."""
     try:
         table: Any = msgspec.toml.decode(data)
-        found = msgspec.convert(table, Scenario)
+        return check(msgspec.convert(table, Scenario))
     except msgspec.DecodeError as error:
         if isinstance(error, msgspec.ValidationError):
             told = str(error).replace("`$.", "`")
@@ -129,8 +129,6 @@ def parse(data: bytes, place: str) -> Scenario:
         raise UserError(f"{place} is no TOML: {error}", "Mend the line it names.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{place} is no text: {error}", "Give a TOML file.") from None
-    try:
-        return check(found)
     except UserError as error:
         raise UserError(f"{place}: {error.message}", error.remedy) from None
 
@@ -196,6 +194,10 @@ def _check_faults(scenario: Scenario) -> None:
         if not 0 <= change.at_s < 1e12 or (change.cap_w is not None and not change.cap_w > 0):
             told = f"power.changes[{index}] is {change.at_s:g} s, {change.cap_w} W"
             raise UserError(told, "Give a time from 0 s on and a cap above 0 W.")
+    for field, least in (("for_s", 0.0), ("factor", 1.0)):
+        value = getattr(scenario.chance, field)
+        if not least <= value < 1e12:
+            raise UserError(f"chance.{field} is {value}", f"It must be at least {least:g}.")
     for field in ("crash_every_h", "hang_every_h", "slow_every_h"):
         value = getattr(scenario.chance, field)
         if value is not None and not 0 < value < 1e12:

@@ -15,13 +15,10 @@ from pathlib import Path
 import msgspec
 import xllamacpp
 
-from tokenworks.gateway.embedded.launch import Launch
+from tokenworks.gateway.embedded.launch import STEP_TOKENS, Launch
 
 _PR_SET_PDEATHSIG = 1
 _LOG_WARNINGS = 2  # llama.cpp's levels: higher ones show what is asked and answered
-# Prompt tokens the engine reads in one go. A processor core is as fast with few as with many, and
-# whoever waits meanwhile (the other slots, a request to stop) waits for no more than these.
-_STEP_TOKENS = 64
 
 
 def main() -> None:
@@ -53,7 +50,7 @@ def _params(launch: Launch) -> "xllamacpp.CommonParams":
     # on what runs beside it.
     params.n_ctx = launch.slots * launch.context_tokens
     params.kv_unified = False
-    params.n_batch = params.n_ubatch = _STEP_TOKENS
+    params.n_batch = params.n_ubatch = STEP_TOKENS
     params.cache_ram_mib = launch.prompt_cache_mib
     params.cpuparams.n_threads = launch.threads
     params.cpuparams_batch.n_threads = launch.threads

@@ -14,6 +14,9 @@ _SLOTS: Final = 4
 _CONTEXT_TOKENS: Final = 8192
 # What the KV caches may take of the machine's memory, together.
 _MEMORY_SHARE: Final = 0.25
+# Prompt tokens the engine reads in one go. A processor core is as fast with few as with many, and
+# whoever waits meanwhile (the other slots, a request to stop) waits for no more than these.
+STEP_TOKENS: Final = 64
 
 
 class Launch(msgspec.Struct, frozen=True):
