@@ -313,9 +313,6 @@ def test_promises_hold_again_soon_after_a_replica_slows_down() -> None:
         assert sum(later) / len(later) >= 0.88, kind
 
 
-@pytest.mark.xfail(
-    reason="what was learned of a slow replica is only unlearned by sending it something"
-)
 def test_a_slow_spell_does_not_shut_realtime_out_for_good() -> None:
     """Only real-time requests come, to one replica that is ten times slower for a minute."""
     trouble = [Trouble(30 * S, "slow", 0, 10_000), Trouble(90 * S, "slow", 0)]

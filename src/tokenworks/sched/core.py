@@ -71,6 +71,7 @@ class Scheduler:
         self._left_ns = dict.fromkeys(CLASSES, -1)
         self._out: list[Command] = []
         self._tick_ns = self._now_ns = 0
+        self._doubts = False  # whether somebody real-time was refused since the last one came
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Arrived: self._arrived,
             FirstToken: self._first_token,
@@ -112,6 +113,9 @@ class Scheduler:
     # Requests come
 
     def _arrived(self, event: Arrived, now_ns: int) -> None:
+        if self._doubts:
+            self._doubts = False
+            self.offers.relax(now_ns)
         name = event.service_class
         self._guard.note(name, now_ns)
         expected = self._outputs[name].value
@@ -165,6 +169,7 @@ class Scheduler:
             retry_ns = self._seat_in_ns(now_ns)
             self._reject(job, 429, "no_room", retry_ns)
             return
+        self._doubts = True
         late = [offer for offer in offers if offer.ttft_ns > (job.ttft_bound_ns or offer.ttft_ns)]
         if len(late) == len(offers):
             bound_ns = job.ttft_bound_ns or 0

@@ -13,6 +13,8 @@ from tokenworks.units import NS_PER_S
 
 _FILLS: Final = 5
 _CALM_NS: Final = 60 * NS_PER_S  # without a refusal, after which saving goes first again
+_STALE_NS: Final = 10 * NS_PER_S  # after which what was learned is doubted
+_RISKY: Final = 2.0  # a promise of a time per token over its forecast
 _WRITTEN_TOKENS: Final = 256.0  # of an answer, before any was seen
 
 
@@ -77,6 +79,27 @@ class Offers:
         """Whether somebody was refused lately for want of room: saving goes second then."""
         return now_ns - self.tight_ns < _CALM_NS
 
+    def relax(self, now_ns: int) -> None:
+        """A real-time request was refused: what is thought of idle replicas that nothing was heard
+        of for long may be out of date, and only a promise can teach more.
+        """
+        stale = [
+            replica
+            for replica in self._replicas
+            if replica.is_open and not replica.jobs and now_ns - replica.heard_ns > _STALE_NS
+        ]
+        for replica in stale:
+            replica.ttft_drift.relax()
+            replica.tpot_drift.relax()
+        heard_ns: dict[str, int] = {}
+        for replica in self._replicas:
+            pool = replica.spec.pool
+            heard_ns[pool] = max(heard_ns.get(pool, 0), replica.heard_ns)
+        for pool, last_ns in heard_ns.items():
+            if now_ns - last_ns > _STALE_NS:
+                self.ttft[pool, False].relax()
+                self.tpot[pool].relax()
+
     def all(self, job: Job, now_ns: int, *, alike: bool = True) -> list[Offer]:
         """Of each replica with room for the request; where idle ones may be taken as `alike` (one
         pool, about the same speed), the first of them.
@@ -140,7 +163,9 @@ class Offers:
         ttft_ns = offer.ttft_prior_ns * replica.ttft_drift.factor
         offer.ttft_ns = ttft_ns * self.ttft[replica.spec.pool, False].factor
         offer.read_j, offer.token_j = replica.joules(job, offer.tokens)
-        if self._route == "latency" or self.is_tight(now_ns):
+        # Where times per token are that uncertain, filling up isn't worth what it breaks.
+        is_risky = self.tpot[replica.spec.pool].overall > _RISKY
+        if self._route == "latency" or is_risky or self.is_tight(now_ns):
             # Its own time, and what reading it costs those who are there.
             own_ns = replica.forecast.alone(offer.tokens)[0]
             offer.cost = ttft_ns + job.output_tokens * tpot_ns + own_ns * len(replica.jobs)

@@ -20,6 +20,7 @@ _FEW: Final = 25  # scores below which a forecast is hardly known: the prior mar
 _PRIOR: Final = 0.4  # log of the factor on a forecast that nothing is known about
 _RATE: Final = 0.5  # of the correction, for one promise at a time and `_EASE` more
 _EASE: Final = 20
+_RELAX: Final = 0.9
 _CARE: Final = 0.15
 _ENOUGH: Final = 100  # scores for a condition of its own
 _MOST: Final = 1.5  # how far the correction goes
@@ -37,6 +38,7 @@ class Calibrator:
         self._late = 0.0  # promises made before the verdict on one, on average
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []
+        self._known = _PRIOR
         self.factor = exp(_PRIOR)  # what to multiply a forecast by
 
     @property
@@ -67,7 +69,15 @@ class Calibrator:
         known = self._quantile()
         if len(self._sorted) < _FEW:
             known = max(known, _PRIOR)
+        self._known = known
         self.factor = exp(known + self._correction)
+
+    def relax(self) -> None:
+        """Care that was taken, or learned when things were otherwise, goes bit by bit."""
+        margin = self._known + self._correction
+        if margin > 0:
+            self._correction -= (1 - _RELAX) * margin
+            self.factor = exp(self._known + self._correction)
 
 
 class Conditional:
@@ -81,6 +91,16 @@ class Conditional:
         """What to multiply a forecast by."""
         own = self._each[condition]
         return own.factor if own.count >= _ENOUGH else self._all.factor
+
+    @property
+    def overall(self) -> float:
+        """The factor under no condition."""
+        return self._all.factor
+
+    def relax(self) -> None:
+        """All of them."""
+        for each in (self._all, *self._each):
+            each.relax()
 
     def learn(
         self, condition: int, forecast_ns: float, promised_ns: float, actual_ns: float, since: int
@@ -104,6 +124,12 @@ class Drift:
         self._seen += 1
         score = log(max(actual_ns, 1.0) / max(prior_ns, 1.0))
         self._mean += max(_LEARN, 1 / self._seen) * (score - self._mean)
+        self.factor = exp(self._mean)
+        self.about = round(self._mean / _COARSE)
+
+    def relax(self) -> None:
+        """What was learned may be over: a little of it is forgotten."""
+        self._mean *= _RELAX
         self.factor = exp(self._mean)
         self.about = round(self._mean / _COARSE)
 
