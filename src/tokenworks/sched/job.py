@@ -23,7 +23,7 @@ FOLLOWS: Final = {
     Stage.QUEUED: (Stage.READING, Stage.DONE),
     Stage.READING: (Stage.WRITING, Stage.STOPPING, Stage.QUEUED, Stage.DONE),
     Stage.WRITING: (Stage.STOPPING, Stage.QUEUED, Stage.DONE),
-    Stage.STOPPING: (Stage.QUEUED, Stage.READING, Stage.DONE),
+    Stage.STOPPING: (Stage.QUEUED, Stage.DONE),
     Stage.DONE: (),
 }
 

@@ -170,7 +170,7 @@ class Offers:
             own_ns = replica.forecast.alone(offer.tokens)[0]
             offer.cost = ttft_ns + job.output_tokens * tpot_ns + own_ns * len(replica.jobs)
         elif self._route == "energy":
-            offer.cost = offer.read_j + job.output_tokens * offer.token_j
+            offer.cost = offer.read_j + job.output_tokens * replica.shared_j(job)
         else:
             # The share of a replica's time that it takes, at the replica's price.
             others = len(replica.jobs) + 1

@@ -135,6 +135,14 @@ class Replica:
         more = self.forecast.energy_j(len(self.jobs) + 1, context) - self._step_j
         return self.forecast.alone(tokens)[1], max(more, 0.0) / self.spec.tokens_per_step
 
+    def shared_j(self, job: Job) -> float:
+        """For each token said, its share of what the replica would take with it. What it takes more
+        would be the same on two that are half full: nobody would ever be left to idle.
+        """
+        count = len(self.jobs) + 1
+        each = self.forecast.energy_j(count, self.context_tokens + job.context) / count
+        return each / self.spec.tokens_per_step
+
     # What happens
 
     def add(self, job: Job, tokens: int, now_ns: int) -> None:
