@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from policies import REPLICAS, SCENARIO, Traffic, traffic
 from tokenworks.catalog.book import catalog
 from tokenworks.metrics.outcomes import NONE, Outcomes
+from tokenworks.metrics.summary import tpot_ns, ttft_ns
 from tokenworks.model import library
 from tokenworks.twin.replay import replay
 from tokenworks.twin.scenario import Fault, Scenario, parse
@@ -40,9 +41,7 @@ def run(scenario: Scenario, offered: Traffic, load: float) -> Outcomes:
 def verdicts(outcomes: Outcomes, kind: str) -> tuple[Numbers, Numbers, Numbers]:
     """When each promise was made, whether it was kept, and promise over actual, in that order."""
     table = {name: np.array(column, dtype=np.int64) for name, column in outcomes.numbers.items()}
-    first = table["first_ns"] - table["arrival_ns"]
-    said = np.maximum(table["output_tokens"] - 1, 1)
-    actual = first if kind == "ttft" else (table["last_ns"] - table["first_ns"]) // said
+    actual = ttft_ns(table) if kind == "ttft" else tpot_ns(table)
     promise = table[f"{kind}_promise_ns"]
     there = (promise != NONE) & (table["first_ns"] >= 0) & (table["last_ns"] >= 0)
     there &= (table["output_tokens"] > 1) & (actual > 0)

@@ -155,7 +155,7 @@ def summarise(
 
 def _good(table: Mapping[str, _Numbers]) -> _Mask:
     """Finished, and within every bound there is."""
-    ttft, tpot = _ttft(table), _tpot(table)
+    ttft, tpot = ttft_ns(table), tpot_ns(table)
     ttft_bound, tpot_bound = table["ttft_bound_ns"], table["tpot_bound_ns"]
     in_time = (ttft_bound == NONE) | (ttft <= ttft_bound)
     return np.asarray(
@@ -163,11 +163,13 @@ def _good(table: Mapping[str, _Numbers]) -> _Mask:
     )
 
 
-def _ttft(table: Mapping[str, _Numbers]) -> _Numbers:
+def ttft_ns(table: Mapping[str, _Numbers]) -> _Numbers:
+    """Time to the first token of each row of outcomes' columns; -1 if there was none."""
     return np.where(table["first_ns"] >= 0, table["first_ns"] - table["arrival_ns"], NONE)
 
 
-def _tpot(table: Mapping[str, _Numbers]) -> _Numbers:
+def tpot_ns(table: Mapping[str, _Numbers]) -> _Numbers:
+    """Mean time per token after the first of each row; -1 if there was no second."""
     said = np.maximum(table["output_tokens"] - 1, 1)
     there = (table["first_ns"] >= 0) & (table["output_tokens"] > 1)
     return np.where(there, (table["last_ns"] - table["first_ns"]) // said, NONE)
@@ -178,7 +180,7 @@ def _of_class(
 ) -> ClassSummary:
     own = {name: column[mask] for name, column in table.items()}
     count = int(mask.sum())
-    ttft, tpot = _ttft(own), _tpot(own)
+    ttft, tpot = ttft_ns(own), tpot_ns(own)
     done = own["status"] == 0
     good = int(own["good"].sum())
     energy_j = float(own["energy_nj"].sum()) / NJ_PER_J
@@ -262,7 +264,7 @@ def _over_time(
 ) -> tuple[float, dict[str, tuple[Point, ...]]]:
     slot_ns = max(-(-span_ns // _SERIES), 1)
     slots = np.minimum(table["arrival_ns"] // slot_ns, _SERIES - 1)
-    ttft = _ttft(table)
+    ttft = ttft_ns(table)
     promised = (table["ttft_promise_ns"] != NONE) & (ttft >= 0)
     kept = promised & (ttft <= table["ttft_promise_ns"])
     found = {}

@@ -1,13 +1,13 @@
 """Latencies in bins that grow evenly: a million requests in some hundred numbers."""
 
-from collections.abc import Mapping
 from typing import Final
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenworks.metrics.outcomes import NONE, Outcomes
+from tokenworks.metrics.outcomes import Outcomes
+from tokenworks.metrics.summary import tpot_ns, ttft_ns
 
 PER_DECADE: Final = 40  # a bin is 6 % wide
 _EDGES: Final = np.ceil(10.0 ** (np.arange(18 * PER_DECADE + 1) / PER_DECADE)).astype(np.int64)
@@ -38,7 +38,7 @@ def latencies(outcomes: Outcomes) -> dict[str, Latencies]:
     names = {name: np.array(column) for name, column in outcomes.names.items()}
     finished = [word == "finished" for word in outcomes.words["status"]] or [False]
     done = np.array(finished)[names["status"]] if len(outcomes) else np.zeros(0, dtype=bool)
-    ttft, tpot = _ttft(table), _tpot(table)
+    ttft, tpot = ttft_ns(table), tpot_ns(table)
     found = {}
     for number, word in enumerate(outcomes.words["service_class"]):
         own = names["service_class"] == number
@@ -46,16 +46,6 @@ def latencies(outcomes: Outcomes) -> dict[str, Latencies]:
             _histogram(ttft[own & (ttft >= 0)]), _histogram(tpot[own & done & (tpot >= 0)])
         )
     return found
-
-
-def _ttft(table: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.where(table["first_ns"] >= 0, table["first_ns"] - table["arrival_ns"], NONE)
-
-
-def _tpot(table: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
-    more = np.maximum(table["output_tokens"] - 1, 1)
-    there = (table["first_ns"] >= 0) & (table["output_tokens"] > 1)
-    return np.where(there, (table["last_ns"] - table["first_ns"]) // more, NONE)
 
 
 def _histogram(values: NDArray[np.int64]) -> Histogram | None:
