@@ -85,7 +85,7 @@ class Cell(NamedTuple):
 
 
 def _gpus(replicas: int, devices: int) -> Pool:
-    return Pool("b200", "gpu", replicas=replicas, devices=devices, precision="fp8", kv="fp8")
+    return Pool("b200", name="gpu", replicas=replicas, devices=devices, precision="fp8", kv="fp8")
 
 
 def _alone(*sizes: tuple[int, int]) -> Iterator[Fleet]:
@@ -101,14 +101,14 @@ def _joined(gpus: int, dp: int, chips: int, replicas: int = 1, *, ffn: bool = Fa
     """GPUs before LPUs in one replica: both work on a token (`ffn`), or one reads, one writes."""
     lpu = "groq-3-lpu"
     return Pool(
-        "b200", "joined", replicas=replicas, devices=gpus, dp=dp, precision="fp8", kv="fp8",
+        "b200", name="joined", replicas=replicas, devices=gpus, dp=dp, precision="fp8", kv="fp8",
         limits=SLOT, other_devices=chips,
         ffn_on=lpu if ffn else None, decode_on=None if ffn else lpu,
     )  # fmt: skip
 
 
 def _lpus(chips: int) -> Pool:
-    return Pool("groq-3-lpu", "lpu", devices=chips, kv="fp8", limits=SLOT)
+    return Pool("groq-3-lpu", name="lpu", devices=chips, kv="fp8", limits=SLOT)
 
 
 SMALL = Site(

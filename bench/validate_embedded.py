@@ -36,7 +36,7 @@ from tokenworks.cost.measured import Constants, Measured
 from tokenworks.engine.continuous import ContinuousBatch
 from tokenworks.engine.work import Limits
 from tokenworks.gateway.embedded.launch import STEP_TOKENS, Launch, plan
-from tokenworks.gateway.embedded.supervisor import Supervisor
+from tokenworks.gateway.embedded.supervisor import supervised
 from tokenworks.gateway.engine import Address, Engine
 from tokenworks.gateway.settings import EngineSettings
 from tokenworks.gateway.traits import EMBEDDED
@@ -142,8 +142,9 @@ async def embedded() -> AsyncIterator[tuple[Launch, Clock]]:
     with tempfile.TemporaryDirectory(prefix="tokenworks-", ignore_cleanup_errors=True) as folder:
         socket_path = Path(folder) / "engine.sock"
         launch = plan(path, model.name, store.read_header(path), EngineSettings(), socket_path)
-        engine = Engine(EMBEDDED, Address(path=launch.socket_path), slots=launch.slots)
-        supervisor = Supervisor(engine, launch, lambda: None)
+        address = Address(path=launch.socket_path)
+        engine = Engine(model.name, EMBEDDED, address, slots=launch.slots)
+        supervisor = supervised(engine, launch, lambda: None)
         try:
             await supervisor.start()
             (process,) = set(psutil.Process().children()) - before

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -61,7 +62,8 @@ class Running:
     def working(self) -> float:
         """Choices in work or waiting."""
         figures = self.figures()
-        return figures["tokenworks_requests_running"] + figures["tokenworks_requests_waiting"]
+        at_engines = sum(v for name, v in figures.items() if "num_requests_running" in name)
+        return at_engines + figures["vllm:num_requests_waiting"]
 
 
 @contextmanager
@@ -73,6 +75,8 @@ def gateway(
     variables = {**os.environ, **environment}
     if home is not None:
         variables["TOKENWORKS_CONFIG"] = str(home)
+    state = tempfile.TemporaryDirectory(prefix="tokenworks-test-", ignore_cleanup_errors=True)
+    variables.setdefault("TOKENWORKS_STATE", state.name)
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -109,6 +113,7 @@ def gateway(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        state.cleanup()
 
 
 def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":

@@ -31,6 +31,9 @@ DECODES = ("--decode-on", "h200", "--prefill", "120000")
         ["cost"],
         ["replay"],
         ["compare"],
+        ["top"],
+        ["reload"],
+        ["cap"],
     ],
 )
 def test_every_command_helps_with_an_example(command: list[str]) -> None:

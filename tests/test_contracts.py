@@ -35,6 +35,8 @@ def lint(folder: Path) -> "subprocess.CompletedProcess[str]":
         ("gateway/server.py", "import xllamacpp", "engine library"),
         ("assets/store.py", "import uvloop", "HTTP server"),
         ("gateway/app.py", "import rich", "terminal"),
+        ("load/run.py", "import rich", "terminal"),
+        ("load/run.py", "import tokenworks.gateway.framing", "Layers"),
         ("nowhere/__init__.py", "", "Layers"),
     ],
 )

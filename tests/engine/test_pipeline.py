@@ -40,6 +40,25 @@ def test_prompts_are_read_one_after_the_other_and_slots_waited_for() -> None:
     assert at["first", 2] == pytest.approx(at["finished", 0] + read_ns + pass_ns, abs=2)
 
 
+def test_what_is_aborted_unread_is_not_read() -> None:
+    """Those behind it come sooner by all that was left of its prompt."""
+    engine = lpu(sequences=8)
+    for ident in range(4):
+        engine.submit(Work(ident, 1000, 50), 0)
+    read_ns, pass_ns = engine.read_ps(1000) / 1000, engine.pass_ps / 1000
+    half_ns = round(1.5 * read_ns)
+    told = {(notice.kind, notice.id): notice.at_ns for notice in engine.advance(half_ns)}
+    for ident in (1, 2):  # one is half read, of the other nothing is
+        lost = engine.abort(ident, half_ns)
+        assert lost is not None
+        assert lost.done_tokens == 0
+    while (at_ns := engine.next_ns()) is not None:
+        told |= {(notice.kind, notice.id): notice.at_ns for notice in engine.advance(at_ns)}
+    assert told["first", 0] == pytest.approx(read_ns + pass_ns, abs=2)
+    assert told["first", 3] == pytest.approx(half_ns + read_ns + pass_ns, abs=3)
+    assert engine.meter.read_tokens == pytest.approx(2500, abs=2)
+
+
 def test_what_no_slot_holds_is_refused() -> None:
     (told,) = drive(lpu(), [(7, Work(1, 2000, 100))])
     assert told == Notice("refused", 1, 7)

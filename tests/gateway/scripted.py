@@ -266,6 +266,13 @@ async def fails(play: Play) -> None:
 
 
 @scene
+async def unended(play: Play) -> None:
+    """All is said, and the body has no end."""
+    await play.send(HEAD, framed(event("a")), framed(TAIL))
+    await play.until_gone()
+
+
+@scene
 async def waits(play: Play) -> None:
     """Nothing at all, until the gateway hangs up."""
     await play.until_gone()

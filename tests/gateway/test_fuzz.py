@@ -191,7 +191,8 @@ def test_bodies_that_are_no_json(live_gateway: Running, path: str, junk: bytes, 
 @pytest.mark.parametrize("path", sorted(PATHS))
 def test_bodies_known_to_break_parsers(live_gateway: Running, path: str, body: bytes) -> None:
     answer = ask(live_gateway, request_bytes(body, path))
-    assert answer.status == 400
+    # A model that isn't there is said first: which fields there are depends on its engines.
+    assert answer.status == (404 if body.startswith(b'{"model":"a"') else 400)
     assert answer.error
 
 

@@ -14,6 +14,11 @@ def ask(scene: str, **fields: Any) -> dict[str, Any]:
     return {"model": "scripted", "messages": [{"role": "user", "content": scene}], **fields}
 
 
+def openais(usage: dict[str, Any]) -> dict[str, Any]:
+    """Without what the gateway adds: the receipt."""
+    return {name: usage[name] for name in USAGE}
+
+
 STREAM: dict[str, Any] = {"stream": True}
 WITH_USAGE: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 
@@ -46,7 +51,7 @@ def test_any_way_of_cutting_a_stream_gives_the_same_text(
     assert "".join(c.get("content", "") for c in chunks) == text
     assert events[-1] == "[DONE]"
     usages = [e["usage"] for e in events if e != "[DONE]" and e.get("usage")]
-    assert usages == ([USAGE] if options is WITH_USAGE else [])
+    assert [openais(usage) for usage in usages] == ([USAGE] if options is WITH_USAGE else [])
 
 
 def test_usage_is_always_asked_of_the_engine(
@@ -68,7 +73,7 @@ def test_text_that_looks_like_the_tail_is_only_text(relay: Running) -> None:
 def test_whole_answers_pass_unchanged(relay: Running) -> None:
     answer = relay.post(ask("good"))
     assert answer.json["choices"][0]["message"]["content"] == "one two three"
-    assert answer.json["usage"] == USAGE
+    assert openais(answer.json["usage"]) == USAGE
     assert answer.headers["x-request-id"].startswith("req_")
 
 
@@ -98,7 +103,7 @@ def test_an_engine_that_breaks_in_mid_stream_is_seen_by_the_client(
         answer = client.answer()  # the framing is whole: no client waits for more
         assert answer.status == 200
         error = answer.events[-1]["error"]
-        assert error["code"] == "engine_lost"
+        assert error["code"] == "not_resumable"
         assert answer.text in ("one", "one two")  # whole events only
         assert "[DONE]" not in answer.events
         assert client.ended()
@@ -138,6 +143,8 @@ def test_a_client_that_hangs_up_frees_the_engine(
 
 
 def test_clients_that_stop_reading_cost_no_memory(relay: Running) -> None:
+    for _ in range(12_000):  # the ledger keeps its last rows at hand
+        relay.post(ask("good"))
     before = relay.memory_bytes()
     clients = [Client(relay.address) for _ in range(20)]
     try:
@@ -148,7 +155,8 @@ def test_clients_that_stop_reading_cost_no_memory(relay: Running) -> None:
         end = time.monotonic() + 5
         while time.monotonic() < end:
             assert relay.post(ask("good", **STREAM)).text == "one two three"
-        assert relay.memory_bytes() - before < 12e6
+        # A megabyte each: what was said is kept, in case the engine dies.
+        assert relay.memory_bytes() - before < 24e6
         # And nothing is lost for whoever reads on.
         text = b"".join(clients[0].chunks())
         assert text.count(b'"content":"x') == 64_000

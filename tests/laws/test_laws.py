@@ -19,11 +19,15 @@ from tokenworks.sched.messages import (
     Dispatch,
     Finished,
     FirstToken,
+    KvFailed,
+    KvSent,
     Reject,
+    SendKv,
     Start,
     Stop,
     Stopped,
 )  # fmt: skip
+from tokenworks.sched.replica import Replica
 from tokenworks.twin.fleet import fleet
 from tokenworks.twin.replay import summary_of
 from tokenworks.twin.run import Twin
@@ -35,6 +39,9 @@ POOLS = {
     "gpu": 'processor = "h100"\ndevices = 1\n',
     "small": 'processor = "l40s"\ndevices = 1\nlimits = { sequences = 4, kv_blocks = 700 }\n',
     "lpu": 'processor = "groq-3-lpu"\nlimits = { context_tokens = 4096, sequences = 6 }\n',
+    "reads": 'processor = "h100"\ndevices = 1\nrole = "prefill"\nlimits = { sequences = 8 }\n',
+    "writes": 'processor = "groq-3-lpu"\nrole = "decode"\nhand_over = true\n'
+    "limits = { context_tokens = 4096, sequences = 6 }\n",
     "split": 'processor = "h100"\ndevices = 1\ndecode_on = "groq-3-lpu"\n'
     "limits = { context_tokens = 4096, sequences = 5 }\n",
 }
@@ -46,6 +53,9 @@ ROUTES = (
 @st.composite
 def fleets(draw: st.DrawFn) -> str:
     pools = draw(st.lists(st.sampled_from(sorted(POOLS)), min_size=1, max_size=3, unique=True))
+    if {"reads", "writes"} & set(pools):
+        pools = [*(set(pools) - {"reads", "writes"}), "reads", "writes"]
+        pools.sort()
     text = 'model = "llama-3.1-8b"\n'
     for pool in pools:
         count = draw(st.integers(1, 3))
@@ -83,7 +93,7 @@ def traffic(draw: st.DrawFn) -> list[Request]:
 
 TROUBLE = st.lists(
     st.tuples(
-        st.sampled_from(["crash", "hang", "slow", "cap", "price"]),
+        st.sampled_from(["crash", "hang", "slow", "cap", "price", "drain"]),
         st.integers(0, 8),
         st.integers(0, 20 * 10**9),
         st.integers(10**8, 9 * 10**9),
@@ -105,6 +115,8 @@ def troubles(drawn: list[tuple[Any, int, int, int]], text: str) -> list[Trouble]
                 pair = [Trouble(at_ns, "hang", index), Trouble(end_ns, "wake", index)]
             case "slow":
                 pair = [Trouble(at_ns, "slow", index, 2500), Trouble(end_ns, "slow", index)]
+            case "drain":
+                pair = [Trouble(at_ns, "drain", index)]
             case "price":
                 pair = [
                     Trouble(at_ns, "price", index, usd_per_s=0.01),
@@ -157,6 +169,7 @@ def nothing_before_its_cause(twin: Twin, recorder: Recorder) -> None:
     happened = [(at, 0, event) for at, event in recorder.events if event is not None]
     assert [at for at, _, _ in happened] == sorted(at for at, _, _ in happened)
     sent = {(c.id, c.replica) for _, c in recorder.commands if isinstance(c, Dispatch)}
+    sent |= {(c.id, c.target) for _, c in recorder.commands if isinstance(c, SendKv)}
     first_ns: dict[int, int] = {}
     for at_ns, _, event in happened:
         if isinstance(event, FirstToken | Finished | Stopped):
@@ -192,7 +205,8 @@ def only_what_is_warm_works(twin: Twin, recorder: Recorder) -> None:
     ready_ns = [0] * len(is_on)
     there: dict[int, int] = {}
     told = [(at, 1, c) for at, c in recorder.commands]
-    told += [(at, 0, e) for at, e in recorder.events if isinstance(e, Finished | Stopped)]  # type: ignore[misc]
+    ends = Finished | Stopped | KvSent | KvFailed
+    told += [(at, 0, e) for at, e in recorder.events if isinstance(e, ends)]  # type: ignore[misc]
     for at_ns, _, what in sorted(told, key=lambda entry: entry[:2]):
         if isinstance(what, Start):
             assert not is_on[what.replica]
@@ -206,7 +220,9 @@ def only_what_is_warm_works(twin: Twin, recorder: Recorder) -> None:
             assert is_on[what.replica]
             assert at_ns >= ready_ns[what.replica]
             there[what.id] = what.replica
-        elif isinstance(what, Finished | Stopped):
+        elif isinstance(what, KvSent):
+            there[what.id] = what.target
+        elif isinstance(what, Finished | Stopped | KvFailed):
             there.pop(what.id, None)
     assert [hours.is_on for hours in twin.hours] == is_on
     for index, hours in enumerate(twin.hours):
@@ -290,11 +306,17 @@ def test_realtime_is_not_refused_where_a_promise_meets_its_bound(
         if not any(isinstance(c, Reject) and c.id == event.id for _, c in recorder.commands[-2:]):
             return
         refused += 1
-        job = Job(event, now_ns, max(int(scheduler._outputs["realtime"].value), 1))
+        group = scheduler.places.arriving(event)
+        if group is None:  # no replica could ever hold it
+            return
+        job = Job(event, now_ns, max(int(scheduler.outputs["realtime"].value), 1), group)
         job.ttft_bound_ns, job.tpot_bound_ns = 400_000_000, 20_000_000
-        for replica in scheduler.replicas:
-            if replica.has_room(job) and scheduler.power.allows(replica):
-                assert not scheduler.offers.of(job, replica, 0, now_ns).keeps(job)
+        ways: list[tuple[Replica, Replica | None]] = [(replica, None) for replica in group.whole]
+        ways += [(a, b) for a in group.readers for b in group.writers]
+        for replica, target in ways:
+            rooms = replica.has_room(job) and (target is None or target.has_room(job))
+            if rooms and scheduler.power.allows(replica, target):
+                assert not scheduler.offers.of(job, replica, 0, now_ns, target).keeps(job)
 
     recorder.checks.append(holds)
     twin.run(requests)

@@ -1,7 +1,9 @@
 """A scheduler that is told by hand what happens, on small fleets from scenarios."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
+
+from msgspec.structs import replace
 
 from tests.twin.stage import BOOK, scenario
 from tokenworks.model import library
@@ -40,10 +42,12 @@ class Hand:
     What it answered is kept.
     """
 
-    def __init__(self, *tables: str) -> None:
+    def __init__(self, *tables: str, change: Mapping[str, Mapping[str, Any]] = {}) -> None:
+        """`change`: what is otherwise of a pool's replicas."""
         wanted = scenario(HEAD + "\n".join(tables))
         self.units = fleet(wanted, BOOK, library.shape)
-        self.scheduler = Scheduler([unit.spec for unit in self.units], wanted.rules)
+        self.specs = [replace(unit.spec, **change.get(unit.spec.pool, {})) for unit in self.units]
+        self.scheduler = Scheduler(self.specs, wanted.rules)
         self.now_ns = 0
         self.said: list[tuple[int, Command]] = []
 

@@ -176,7 +176,7 @@ def test_what_a_crash_loses_goes_on_with_the_tokens_it_has() -> None:
 
 
 def test_with_nobody_left_they_wait_and_the_first_back_gets_them_one_by_one() -> None:
-    hand = Hand(pool(), POLICY)
+    hand = Hand(pool(), POLICY, "[classes.standard]\nwait_s = 600\n")
     hand.come(0)
     hand.come(1)
     hand.tell(ReplicaDown(0), 1)
@@ -193,7 +193,7 @@ def test_with_nobody_left_they_wait_and_the_first_back_gets_them_one_by_one() ->
 def test_one_that_is_down_for_long_holds_up_nobody_who_can_go_elsewhere() -> None:
     """The long prompt fits the GPU only, which is gone; short ones go on to the LPU."""
     lpu = pool("lpu", processor="groq-3-lpu", more="limits = { context_tokens = 2048 }")
-    hand = Hand(pool(), lpu, POLICY)
+    hand = Hand(pool(), lpu, POLICY, "[classes.standard]\nwait_s = 90\n")
     hand.come(0, tokens=6000)
     assert hand.at(0) == 0
     hand.tell(ReplicaDown(0), 1)

@@ -188,3 +188,14 @@ def test_and_waits_where_there_is_no_elsewhere() -> None:
     assert none(hand.come(1, "standard", 60_000), Dispatch)
     told = hand.finish(0, at_s=3)
     assert one(told, Dispatch).id == 1 or hand.now_ns == 3 * S
+
+
+def test_a_second_try_goes_to_another_replica_than_the_first() -> None:
+    hand = by("energy", pool(replicas=3))
+    hand.come(0)
+    assert hand.at(0) == 0
+    hand.come(1, without=(0,))
+    assert hand.at(1) == 1
+    hand.come(2, without=(0, 1))
+    assert hand.at(2) == 2
+    one(hand.come(3, without=(0, 1, 2)), Reject)

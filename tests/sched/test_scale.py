@@ -55,7 +55,7 @@ def test_one_more_is_turned_on_where_it_gets_full_and_used_when_it_is_warm() -> 
 
 @pytest.mark.parametrize("name", ["realtime", "standard", "batch"])
 def test_a_pool_that_is_off_is_turned_on_by_whoever_comes(name: str) -> None:
-    hand = Hand(scaled(least=0))
+    hand = Hand(scaled(least=0), "[classes.standard]\nwait_s = 90\n")
     hand.come(0, name)
     assert one(hand.wake_until(3), Start).replica == 0
     hand.tell(ReplicaUp(0), 32)
@@ -252,7 +252,8 @@ def test_trouble_that_ends_while_it_is_off_is_over(kind: str) -> None:
 
 def test_who_comes_late_to_a_pool_that_is_off_is_served() -> None:
     """The run isn't given up because nothing happened for hours."""
-    twin, recorder = run('model = "llama-3.1-8b"\n' + scaled(least=0), [Request(7200 * S, 300, 20)])
+    text = 'model = "llama-3.1-8b"\n' + scaled(least=0) + "[classes.standard]\nwait_s = 90\n"
+    twin, recorder = run(text, [Request(7200 * S, 300, 20)])
     (outcome,) = twin.outcomes
     assert outcome.status == "finished"
     assert one([c for _, c in recorder.commands], Accept).promise is None
@@ -279,7 +280,7 @@ def test_a_pool_that_is_off_stays_off_while_another_does_the_work() -> None:
 
 
 def test_a_pool_that_may_be_off_is_off_again_in_the_end() -> None:
-    hand = Hand(scaled(least=0), CALM)
+    hand = Hand(scaled(least=0), CALM, "[classes.standard]\nwait_s = 90\n")
     hand.come(0)
     hand.wake_until(2)
     hand.tell(ReplicaUp(0), 32)

@@ -6,34 +6,49 @@ import pytest
 
 from tests.sched.hand import Hand, pool
 from tests.twin.stage import run
+from tokenworks.sched.job import Job, Stage
+from tokenworks.sched.messages import Arrived
+from tokenworks.sched.places import Group
 from tokenworks.sched.share import FairQueue
 from tokenworks.workload import Request
 
 S = 10**9
 
 
+HERE, THERE = Group([]), Group([])
+
+
+def waits(queue: FairQueue, ident: int, tenant: str, group: Group = HERE, **how: bool) -> Job:
+    """Somebody who waits."""
+    job = Job(Arrived(ident, "batch", tenant, 10), 0, 10, group)
+    job.enter(Stage.QUEUED)
+    queue.push(job, 0, **how)
+    return job
+
+
+def goes(queue: FairQueue, job: Job) -> None:
+    queue.left(job)
+    job.enter(Stage.READING)
+
+
+def following(queue: FairQueue, group: Group = HERE) -> Job | None:
+    return queue.head(queue.line(group))
+
+
 def served(queue: FairQueue, tenants: dict[str, tuple[int, int]], tokens: int) -> dict[str, int]:
     """Each tenant always has someone waiting, whose answers have so many tokens."""
-    rng, owner, found = Random(1), {}, dict.fromkeys(tenants, 0)
-    ident = 0
-
-    def push(tenant: str) -> None:
-        nonlocal ident
-        owner[ident] = tenant
-        queue.push(ident, tenant)
-        ident += 1
-
+    rng, found = Random(1), dict.fromkeys(tenants, 0)
     for tenant in (*tenants, *tenants):
-        push(tenant)
+        waits(queue, 0, tenant)
     while sum(found.values()) < tokens:
-        head = queue.head()
+        head = following(queue)
         assert head is not None
-        tenant = owner[head]
+        tenant = head.arrived.tenant
         size = rng.randint(*tenants[tenant])
         queue.charge(tenant, size)
-        queue.take(tenant)
+        goes(queue, head)
         found[tenant] += size
-        push(tenant)
+        waits(queue, 0, tenant)
     return found
 
 
@@ -48,8 +63,8 @@ def test_by_weight_whatever_the_lengths() -> None:
 def test_idle_time_earns_nothing() -> None:
     queue = FairQueue({})
     served(queue, {"a": (10, 10)}, 10_000)
-    while (head := queue.head()) is not None:  # `a` has been served; `b` only comes now
-        queue.remove(head)
+    while (head := following(queue)) is not None:  # `a` has been served; `b` only comes now
+        goes(queue, head)
     found = served(queue, {"a": (10, 10), "b": (10, 10)}, 1000)
     assert abs(found["a"] - found["b"]) <= 10
 
@@ -57,54 +72,58 @@ def test_idle_time_earns_nothing() -> None:
 def test_nor_does_a_place_in_the_queue_that_was_given_up() -> None:
     """`b` had someone waiting once, who cancelled."""
     queue = FairQueue({})
-    queue.push(900, "b")
-    queue.push(901, "a")
-    queue.remove(900)
+    gone = waits(queue, 900, "b")
+    waits(queue, 901, "a")
+    goes(queue, gone)
     for _ in range(100):
         queue.charge("a", 100)
     for ident in range(10):
-        queue.push(ident, "a")
-        queue.push(100 + ident, "b")
+        waits(queue, ident, "a")
+        waits(queue, 100 + ident, "b")
     order = []
-    while (head := queue.head()) is not None:
-        tenant = "b" if 100 <= head < 200 else "a"
-        order.append(tenant)
-        queue.charge(tenant, 100)
-        queue.take(tenant)
+    while (head := following(queue)) is not None:
+        order.append(head.arrived.tenant)
+        queue.charge(head.arrived.tenant, 100)
+        goes(queue, head)
     assert 4 <= order[:10].count("a") <= 6
 
 
-def test_cancelled_and_put_aside_in_any_order() -> None:
+def test_a_tenant_pays_in_one_line_for_what_it_was_served_in_another() -> None:
+    queue = FairQueue({})
+    for ident in range(4):
+        waits(queue, ident, "a", THERE)
+        waits(queue, 10 + ident, "a")
+        waits(queue, 20 + ident, "b")
+    queue.charge("a", 300)  # there
+    order = []
+    for _ in range(6):
+        found = queue.first([queue.line(HERE)])
+        assert found is not None
+        order.append(found[1].arrived.tenant)
+        queue.charge(order[-1], 100)
+        goes(queue, found[1])
+    assert order.index("a") == 3  # `b` has caught up
+
+
+def test_cancelled_and_pushed_in_any_order() -> None:
     rng, queue = Random(3), FairQueue({"a": 2.0})
-    there: dict[int, str] = {}
-    aside: set[int] = set()
+    there: dict[int, Job] = {}
     for ident in range(3000):
-        what = rng.random()
+        what, group = rng.random(), rng.choice((HERE, THERE))
         if what < 0.5:
-            there[ident] = rng.choice("abc")
-            queue.push(ident, there[ident], in_front=rng.random() < 0.2)
+            there[ident] = waits(queue, ident, rng.choice("abc"), group, in_front=what < 0.1)
         elif what < 0.7 and there:
-            gone = rng.choice(sorted(there))
-            queue.remove(gone)
-            del there[gone]
-            aside.discard(gone)
-        elif what < 0.75:
-            queue.bring_back()
-            aside.clear()
+            goes(queue, there.pop(rng.choice(sorted(there))))
         else:
-            head = queue.head()
-            assert (head is None) == (len(there) == len(aside))
+            head = following(queue, group)
+            assert (head is None) == all(job.group is not group for job in there.values())
             if head is not None:
-                assert head not in aside
-                queue.take(there[head])
-                if what < 0.85:
-                    queue.put_aside(head, there[head])
-                    aside.add(head)
-                else:
-                    queue.charge(there.pop(head), 100)
-        assert len(queue) == len(there)
-        assert queue.has_next == (len(there) > len(aside))
-        assert sorted(queue) == sorted(there)
+                goes(queue, there.pop(head.arrived.id))
+        assert queue.count == len(there)
+        assert sorted(job.arrived.id for job in queue) == sorted(there)
+        for each in (HERE, THERE):
+            count = sum(job.group is each for job in there.values())
+            assert queue.line(each).count == count
 
 
 def test_in_order_of_arrival_within_a_tenant_and_paused_work_first() -> None:

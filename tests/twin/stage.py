@@ -28,11 +28,13 @@ class Recorder:
         self.inner = scheduler
         self.events: list[tuple[int, Event | None]] = []
         self.commands: list[tuple[int, Command]] = []
+        self.answers: list[list[Command]] = []  # the same, to each event
         self.checks: list[Callable[[int], None]] = []
 
     def handle(self, event: Event | None, now_ns: int) -> list[Command]:
         self.events.append((now_ns, event))
         commands = self.inner.handle(event, now_ns)
+        self.answers.append(commands)
         self.commands += [(now_ns, command) for command in commands]
         for check in self.checks:
             check(now_ns)

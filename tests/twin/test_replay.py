@@ -199,7 +199,7 @@ def test_what_nobody_is_left_to_serve_has_failed() -> None:
     twin, _ = run(SMALL, [Request(0, 100, 500)], [Trouble(S, "crash", 0)])
     (outcome,) = twin.outcomes
     assert outcome.status == "failed"
-    assert "no replica" in outcome.reason
+    assert outcome.reason == "no_replica"
 
 
 def test_a_move_keeps_the_first_token_and_loses_none() -> None:

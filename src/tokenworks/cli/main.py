@@ -1,29 +1,34 @@
 """The commands that run the factory, and how every command ends: in an answer or one line."""
 
-import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any, TypeVar
 
 import cyclopts
-from cyclopts import Parameter
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from tokenworks import __version__, web
+from tokenworks import __version__
 from tokenworks.assets import store
 from tokenworks.catalog.models import Model, models
 from tokenworks.catalog.models import model as catalogue_model
-from tokenworks.cli import catalog, console, cost, replay
+from tokenworks.cli import (
+    bench,
+    calibrate,
+    catalog,
+    console,
+    cost,
+    emulate,
+    keys,
+    operate,
+    parity,
+    replay,
+    top,
+    up,
+    usage,
+)
+from tokenworks.cli.fetch import with_progress
 from tokenworks.errors import UserError
-from tokenworks.gateway import server, settings
-from tokenworks.gateway.engine import Engine
-from tokenworks.gateway.keys import Keys, default_path
-
-_T = TypeVar("_T")
 
 _out, _err = console.OUT, console.ERR
 
@@ -36,163 +41,25 @@ app = cyclopts.App(
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
 )
-keys_app = cyclopts.App(
-    name="keys",
-    help="Make and revoke the API keys that let others use this gateway.\n\n"
-    "Example: tokenworks keys add alice",
-)
 model_app = cyclopts.App(
     name="model",
     help="The models this machine has or can fetch.\n\nExample: tokenworks model list",
 )
-app.command(keys_app)
+app.command(up.up)
+app.command(keys.keys)
 app.command(model_app)
 app.command(catalog.catalog)
 app.command(cost.cost)
+app.command(emulate.emulate)
 app.command(replay.replay)
 app.command(replay.compare)
-
-
-@app.command
-def up(  # noqa: PLR0913 - one argument a flag
-    *,
-    model: str | None = None,
-    engine: str | None = None,
-    host: str | None = None,
-    port: int | None = None,
-    config: Path | None = None,
-    slots: int | None = None,
-    threads: int | None = None,
-    context_tokens: int | None = None,
-    tls_cert: Path | None = None,
-    tls_key: Path | None = None,
-    require_key: bool | None = None,
-    allow_field: Annotated[list[str] | None, Parameter(negative=())] = None,
-    verbose: bool = False,
-) -> None:
-    """Start the factory: an engine with a model, and the gateway in front of it.
-
-    Example: tokenworks up --port 8080
-
-    Parameters
-    ----------
-    model
-        A name that `tokenworks model list` shows, or the path of a .gguf file.
-    engine
-        The URL of an OpenAI-compatible engine to use instead of a model of our own. Its key is
-        read from TOKENWORKS_ENGINE_API_KEY.
-    host
-        Address to listen on. Any but loopback needs an API key (`tokenworks keys add`).
-    port
-        Port to listen on; 0 takes any that is free.
-    config
-        A TOML file with these and further settings (docs/gateway.md lists them).
-    slots
-        Answers the engine works on at once.
-    threads
-        Processor threads of the engine.
-    context_tokens
-        Longest conversation, for each slot.
-    tls_cert
-        PEM certificate, to serve https.
-    tls_key
-        The certificate's key.
-    require_key
-        Ask for an API key on loopback too.
-    allow_field
-        A request field to pass on to the engine unchecked. May be given several times.
-    verbose
-        Show what the gateway and its engine log. Prompts and answers are never logged.
-    """
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    logging.getLogger("uvicorn.error").setLevel(logging.INFO if verbose else logging.ERROR)
-    flags: dict[str, object | None] = {
-        "engine.model": model,
-        "engine.url": engine,
-        "engine.slots": slots,
-        "engine.threads": threads,
-        "engine.context_tokens": context_tokens,
-        "engine.allow_fields": allow_field,
-        "host": host,
-        "port": port,
-        "tls_cert": None if tls_cert is None else str(tls_cert),
-        "tls_key": None if tls_key is None else str(tls_key),
-        "require_key": require_key,
-    }
-    if model is not None and engine is not None:
-        raise UserError("--model and --engine exclude each other", "Give one of them.")
-    given = {key: value for key, value in flags.items() if value is not None}
-    chosen = settings.load(config, given)
-    served = None if chosen.engine.url else _open_model(chosen.engine.model)
-    if served is not None:
-        _err.print(f"Starting the engine with {served.name} …", soft_wrap=True)
-    server.run(chosen, served, routes=web.routes(), on_ready=_announce)
-
-
-def _announce(url: str, engine: Engine) -> None:
-    names = ", ".join(engine.models) or "any model"
-    _err.print(f"Serving {names}. Chat in a browser at {url}/, stop with Ctrl-C.", soft_wrap=True)
-    _out.print(f"Tokenworks is ready: {url}/v1", soft_wrap=True)
-    sys.stdout.flush()
-
-
-def _open_model(name: str) -> server.Model:
-    """The model file behind a name of the catalogue or a path, fetched if need be."""
-    if name in models():
-        path = _with_progress(lambda progress: store.ensure(models()[name], progress))
-        return server.Model(path, name, store.read_header(path))
-    path = Path(name).expanduser()
-    if not path.exists() and not name.endswith(".gguf") and "/" not in name:
-        catalogue_model(name)  # raises: neither a name nor a path
-    return server.Model(path, path.stem, store.read_header(path))
-
-
-@keys_app.command(name="add")
-def keys_add(name: str) -> None:
-    """Make an API key and show it, this once.
-
-    Example: tokenworks keys add alice
-
-    Parameters
-    ----------
-    name
-        Whom or what the key is for.
-    """
-    secret = Keys(default_path()).add(name)
-    _err.print(f"The key for {name}, which can't be shown again:")
-    _out.print(secret, soft_wrap=True)
-
-
-@keys_app.command(name="list")
-def keys_list() -> None:
-    """Show the keys there are, without their secrets.
-
-    Example: tokenworks keys list
-    """
-    table = Table("id", "name", "created", box=None)
-    for identity, key in Keys(default_path()).by_id.items():
-        table.add_row(identity, key.name, key.created)
-    _out.print(
-        table if table.row_count else "There are no keys. Make one: tokenworks keys add NAME"
-    )
-
-
-@keys_app.command(name="revoke")
-def keys_revoke(name: str) -> None:
-    """Forget a key. A running gateway refuses it within a second.
-
-    Example: tokenworks keys revoke alice
-
-    Parameters
-    ----------
-    name
-        The key's name or id.
-    """
-    Keys(default_path()).revoke(name)
-    _err.print(f"Revoked {name}.")
+app.command(bench.bench)
+app.command(usage.usage)
+app.command(top.top)
+app.command(operate.reload)
+app.command(operate.cap)
+app.command(calibrate.calibrate)
+app.command(parity.parity)
 
 
 @model_app.command(name="list")
@@ -220,7 +87,7 @@ def model_fetch(name: str) -> None:
         A name that `tokenworks model list` shows.
     """
     model = catalogue_model(name)
-    _out.print(str(_with_progress(lambda progress: store.ensure(model, progress))), soft_wrap=True)
+    _out.print(str(with_progress(lambda progress: store.ensure(model, progress))), soft_wrap=True)
 
 
 @model_app.command(name="verify")
@@ -245,28 +112,7 @@ def model_verify(name: str | None = None) -> None:
 
 
 def _fault(model: Model) -> str | None:
-    return _with_progress(lambda progress: store.fault(model, progress))
-
-
-def _with_progress(work: Callable[[store.Progress], _T]) -> _T:
-    """Run `work` with a bar on a terminal, and with one line per step elsewhere."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-                if not _err.is_terminal:
-                    _err.print(f"{what} ({total / 1e6:.0f} MB) …", soft_wrap=True)
-            bar.update(tasks[what], completed=done)
-
-        return work(show)
+    return with_progress(lambda progress: store.fault(model, progress))
 
 
 @contextmanager

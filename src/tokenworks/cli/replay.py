@@ -1,28 +1,34 @@
 """`tokenworks replay` and `tokenworks compare`: traffic on a fleet, in virtual time."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from time import perf_counter
-from typing import Annotated, Any, Final, NamedTuple, get_args
+from typing import Annotated, Any, Final, get_args
 
 import msgspec
 from cyclopts import Parameter
 from msgspec.structs import replace
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from tokenworks.assets import store
 from tokenworks.catalog.book import Catalog, unknown
 from tokenworks.cli.book import AsJson, Files, Settings, open_model, opened, print_json, write
 from tokenworks.cli.console import ERR, OUT
+from tokenworks.cli.traffic import (
+    Requests,
+    Smooth,
+    Stretch,
+    Traffic,
+    make,
+    offered,
+    print_table,
+    progress,
+    write_run,
+)
 from tokenworks.errors import UserError
 from tokenworks.report import text
 from tokenworks.report.comparison import comparison, rows
-from tokenworks.report.files import chrome_trace, parquet
 from tokenworks.report.latency import latencies
-from tokenworks.report.page import page
 from tokenworks.report.run import Run
 from tokenworks.sched.config import BASELINES, Router
 from tokenworks.twin import scenario as scenarios
@@ -31,43 +37,18 @@ from tokenworks.twin.replay import Result
 from tokenworks.twin.replay import replay as run_twin
 from tokenworks.twin.scenario import Scenario
 from tokenworks.units import NS_PER_S
-from tokenworks.workload import Request, Trace, generate, given, mean_rate_per_s, named, names, read
 
-_REQUESTS: Final = 10_000  # of a named workload
 _TOLD: Final = 20  # lines of the scheduler's log in a report
 
 _Fleet = Annotated[
     Path, Parameter(help="A scenario: the fleet, its model and its rules (docs/twin.md).")
 ]
-_Requests = Annotated[
-    int | None,
-    Parameter(help=f"So many requests: of a file the first, of a workload {_REQUESTS:,}."),
-]
-_Smooth = Annotated[
-    bool, Parameter(negative=(), help="Spread requests that share a time stamp until the next.")
-]
-_Stretch = Annotated[float, Parameter(help="The same requests in so many times the time.")]
 _Oracle = Annotated[
     bool,
     Parameter(
         negative=(), help="Tell the scheduler how long answers will be: a bound, not a policy."
     ),
 ]
-
-
-# Begins a run of so many requests, and gives what hears how many came.
-_Begin = Callable[[str, int], Callable[[int], None]]
-
-
-class Traffic(NamedTuple):
-    """What is replayed: `requests(rng)` gives it anew, `size` of them within `span_ns`."""
-
-    name: str
-    size: int
-    span_ns: int
-    rate_per_s: float
-    requests: Callable[[Random], Iterator[Request]]
-    notes: tuple[str, ...] = ()
 
 
 def replay(  # noqa: PLR0913 - one argument a flag
@@ -77,10 +58,10 @@ def replay(  # noqa: PLR0913 - one argument a flag
     out: Path | None = None,
     route: str | None = None,
     seed: int = 0,
-    requests: _Requests = None,
+    requests: Requests = None,
     scale: float = 1.0,
-    stretch: _Stretch = 1.0,
-    smooth: _Smooth = False,
+    stretch: Stretch = 1.0,
+    smooth: Smooth = False,
     oracle: _Oracle = False,
     catalog: Files = None,
     set_: Settings = None,
@@ -110,28 +91,21 @@ def replay(  # noqa: PLR0913 - one argument a flag
     """
     known = opened(catalog, set_)
     scenario = _routed(_scenario(fleet, known), route)
-    traffic = _traffic(trace, requests, scale, stretch, smooth=smooth)
+    traffic = offered(trace, requests, scale, stretch, smooth=smooth)
     folder = out or Path(f"{Path(trace).stem}-{fleet.stem}")
-    _make(folder)
-    with _progress(1, traffic.size) as begin:
+    make(folder)
+    with progress(1, traffic.size) as begin:
         begin_s = perf_counter()
         result = _run(
             scenario, traffic, known, seed, oracle=oracle, tell=begin("Replaying", traffic.size)
         )
         took_s = perf_counter() - begin_s
     run = _shown(scenario, traffic, result, seed, oracle=oracle)
-    files = {
-        "report.html": page(run).encode(),
-        "outcomes.parquet": parquet(result.outcomes),
-        "trace.json": chrome_trace(result.outcomes),
-        "summary.json": msgspec.json.format(msgspec.json.encode(result.summary)),
-    }
-    for name, data in files.items():
-        write(folder / name, data, "--out")
+    files = write_run(folder, run, result.outcomes)
     if json:
         print_json({"seed": seed, "is_whole": result.is_whole, "summary": result.summary})
     else:
-        _print(text.rows(result.summary))
+        print_table(text.rows(result.summary))
         for note in run.notes:
             OUT.print(f"Note: {note}", markup=False)
         speed = len(result.outcomes) / max(took_s, 1e-9)
@@ -149,9 +123,9 @@ def compare(  # noqa: PLR0913 - one argument a flag
     scale: Annotated[list[float] | None, Parameter(negative=(), consume_multiple=True)] = None,
     seeds: int = 3,
     out: Path | None = None,
-    requests: _Requests = None,
-    stretch: _Stretch = 1.0,
-    smooth: _Smooth = False,
+    requests: Requests = None,
+    stretch: Stretch = 1.0,
+    smooth: Smooth = False,
     oracle: _Oracle = False,
     catalog: Files = None,
     set_: Settings = None,
@@ -183,15 +157,15 @@ def compare(  # noqa: PLR0913 - one argument a flag
     known = opened(catalog, set_)
     variants = _variants(fleet, route or [None], known)
     loads = [
-        (factor, _traffic(trace, requests, factor, stretch, smooth=smooth))
+        (factor, offered(trace, requests, factor, stretch, smooth=smooth))
         for factor in scale or [1.0]
     ]
     folder = out or Path(f"{Path(trace).stem}-compared")
-    _make(folder)
+    make(folder)
     runs: list[Run] = []
     is_whole = True
     total = sum(traffic.size for _, traffic in loads) * len(variants) * seeds
-    with _progress(len(loads) * len(variants) * seeds, total) as begin:
+    with progress(len(loads) * len(variants) * seeds, total) as begin:
         for seed in range(seeds):
             for _, traffic in loads:
                 for name, scenario in variants.items():
@@ -214,7 +188,7 @@ def compare(  # noqa: PLR0913 - one argument a flag
     if json:
         print_json(table)
     else:
-        _print(rows(runs))
+        print_table(rows(runs))
     told = f"Written to {folder}: comparison.html, summary.json."
     ERR.print(told, soft_wrap=True, markup=False)
     if not is_whole:
@@ -250,63 +224,6 @@ def _routed(scenario: Scenario, route: Any) -> Scenario:
     if route not in get_args(Router):
         raise unknown("route", route, get_args(Router))
     return replace(scenario, policy=replace(scenario.policy, route=route))
-
-
-def _traffic(
-    source: str, requests: int | None, scale: float, stretch: float, *, smooth: bool
-) -> Traffic:
-    """A file's requests, or a named workload's."""
-    path = Path(source).expanduser()
-    is_named = not path.exists() and source.lower() in names()
-    if is_named or path.suffix == ".toml":
-        if smooth or stretch != 1.0:
-            told = "--smooth and --stretch are for files"
-            raise UserError(told, "Leave them out; --scale changes a workload's rate.")
-        workload = (
-            named(source) if is_named else given(store.read_bytes(path, "the workload"), source)
-        )
-        count = _REQUESTS if requests is None else requests
-        rate_per_s = mean_rate_per_s(workload.arrivals) * scale
-        return Traffic(
-            workload.name,
-            count,
-            round(count / rate_per_s * NS_PER_S) if rate_per_s > 0 else 0,
-            rate_per_s,
-            lambda rng: generate(workload, rng, count, rate_per_s),
-        )
-    if not path.exists() and not path.suffix and len(path.parts) == 1:
-        raise unknown("workload", source, names())
-    found = read(store.read_bytes(path, "the trace"), str(path))
-    if requests is not None:
-        found = found.first(requests)
-    if smooth:
-        found = found.smoothed()
-    if stretch != 1.0:
-        found = found.stretched(stretch)
-    if scale != 1.0:
-        found = found.scaled(scale, Random(f"{source}/scale"))  # noqa: S311 - no secret
-    return Traffic(
-        source,
-        len(found),
-        found.span_ns,
-        found.rate_per_s,
-        lambda _: iter(found),
-        _about(found, smooth=smooth),
-    )
-
-
-def _about(trace: Trace, *, smooth: bool) -> tuple[str, ...]:
-    """What of a file should be known."""
-    notes = []
-    if trace.skipped:
-        notes.append(f"{trace.skipped:,} requests of the trace produced nothing and are left out.")
-    if trace.unsorted:
-        notes.append(f"{trace.unsorted:,} requests of the trace were out of order.")
-    stamps = len(set(trace.arrival_ns))
-    if not smooth and stamps * 2 < len(trace):
-        told = f"{len(trace):,} requests share {stamps:,} time stamps: they come in batches"
-        notes.append(f"{told}. --smooth spreads them.")
-    return tuple(notes)
 
 
 def _run(
@@ -346,42 +263,3 @@ def _shown(scenario: Scenario, traffic: Traffic, result: Result, seed: int, *, o
         variant=scenario.policy.route,
         confidence=(None if scenario.policy.route in BASELINES else scenario.policy.confidence),
     )
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        told = f"cannot make the folder {folder}: {error.strerror or error}"
-        raise UserError(told, "Give --out another.") from error
-
-
-@contextmanager
-def _progress(runs: int, requests: int) -> Iterator[_Begin]:
-    """A bar over all runs on a terminal, elsewhere a line for each of several."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
-        task = bar.add_task("", total=requests)
-        before = following = 0
-
-        def begin(name: str, count: int) -> Callable[[int], None]:
-            nonlocal before, following
-            before, following = following, following + count
-            bar.update(task, description=name, completed=before)
-            if not ERR.is_terminal and runs > 1:
-                ERR.print(f"{name} …", soft_wrap=True, markup=False)
-            return lambda done: bar.update(task, completed=before + done)
-
-        yield begin
-
-
-def _print(lines: list[tuple[str, ...]]) -> None:
-    table = Table(*lines[0], box=None)
-    for row in lines[1:]:
-        table.add_row(*row)
-    OUT.print(table)

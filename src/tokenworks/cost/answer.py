@@ -8,6 +8,7 @@ from tokenworks.catalog.quantity import Quantity
 from tokenworks.cost.batch import Batch, Cost
 from tokenworks.cost.joined import AttentionFfn, Drafted, PrefillDecode
 from tokenworks.cost.linear import Prepared
+from tokenworks.cost.measured import Measured
 from tokenworks.cost.price import usd_per_s
 from tokenworks.cost.roofline import Roofline
 from tokenworks.cost.static import Static
@@ -88,7 +89,7 @@ def answer(prepared: Prepared, batch: Batch, tariff: str = "default") -> Answer:
 
 
 def placed(prepared: Prepared) -> Sequence[Roofline | Static]:
-    """The placements in `prepared`, each with its devices."""
+    """The placements in `prepared`, each with its devices; none where it was only measured."""
     match prepared:
         case Roofline() | Static():
             return (prepared,)
@@ -98,6 +99,8 @@ def placed(prepared: Prepared) -> Sequence[Roofline | Static]:
             return (prepared.attention, prepared.ffn)
         case Drafted():
             return (prepared.verify, prepared.draft)
+        case Measured():
+            return ()
     raise TypeError(f"{type(prepared).__name__} has no placements")
 
 

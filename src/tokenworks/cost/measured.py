@@ -59,11 +59,19 @@ class Constants(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Measured(Prepared):
-    """An engine whose steps take what `constants` say. Its cache holds `kv_capacity_tokens`."""
+    """An engine whose steps take what `constants` say. Its cache holds `kv_capacity_tokens`; it
+    draws `power_w` at work and `idle_w` otherwise.
+    """
 
-    def __init__(self, constants: Constants, kv_capacity_tokens: int, power_w: float = 0.0) -> None:
+    def __init__(
+        self,
+        constants: Constants,
+        kv_capacity_tokens: int,
+        power_w: float = 0.0,
+        idle_w: float = 0.0,
+    ) -> None:
         constants.check()
-        self.constants, self.power_w = constants, power_w
+        self.constants, self.power_w, self.idle_w = constants, power_w, idle_w
         self._capacity = kv_capacity_tokens
         self._seen_ps = round(constants.seen_ns * PS_PER_NS)
 
@@ -118,7 +126,7 @@ def fit(steps: Sequence[Step]) -> Constants:
     times = np.array([step.time_ns for step in steps], np.float64)
     expected = times
     for _ in range(_ROUNDS):  # the weights depend on what they give
-        found = _least_squares(work, times, 1 / np.sqrt(expected), len(counts))
+        found = least_squares(work, times, 1 / np.sqrt(expected), len(counts))
         expected = np.maximum(work @ found, times.min())
     decode = np.interp(np.arange(1, counts[-1] + 1), counts, found[: len(counts)])
     constants = Constants(tuple(map(float, decode)), *map(float, found[len(counts) :]))
@@ -134,8 +142,8 @@ def _row(step: Step, counts: Sequence[int]) -> list[float]:
     return [*decode, step.seen, len(step.chunks), tokens, pairs]
 
 
-def _least_squares(work: _Matrix, times: _Matrix, weights: _Matrix, kept: int) -> _Matrix:
-    """Without any constant below zero; the first `kept` are never left out."""
+def least_squares(work: _Matrix, times: _Matrix, weights: _Matrix, kept: int) -> _Matrix:
+    """Constants, none below zero, whose work takes `times`; the first `kept` are never left out."""
     weighted = work * weights[:, None]
     scale = np.maximum(np.linalg.norm(weighted, axis=0), 1e-300)  # their sizes differ by millions
     used = np.ones(work.shape[1], bool)

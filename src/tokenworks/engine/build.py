@@ -2,6 +2,7 @@
 
 from tokenworks.cost import PrefillDecode, Prepared
 from tokenworks.cost.answer import placed
+from tokenworks.cost.measured import Measured
 from tokenworks.cost.static import Static
 from tokenworks.engine.continuous import ContinuousBatch
 from tokenworks.engine.handover import Handover
@@ -23,4 +24,6 @@ def build(prepared: Prepared, limits: Limits) -> Engine:
 
 def idle_mw_of(prepared: Prepared) -> int:
     """Milliwatts of all its devices doing nothing."""
+    if isinstance(prepared, Measured):
+        return round(1000 * prepared.idle_w)
     return round(1000 * sum(p.facts.idle_w() * p.placement.devices for p in placed(prepared)))

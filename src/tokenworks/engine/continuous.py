@@ -13,6 +13,7 @@ from collections import deque
 from heapq import heapify, heappop, heappush
 
 from tokenworks.cost import Prepared
+from tokenworks.cost.linear import standby_nj
 from tokenworks.engine.blocks import Blocks
 from tokenworks.engine.contexts import FOREVER
 from tokenworks.engine.decoding import Decoding, said
@@ -20,7 +21,7 @@ from tokenworks.engine.member import Member, Plan
 from tokenworks.engine.meter import Meter
 from tokenworks.engine.room import Room
 from tokenworks.engine.timing import Timing
-from tokenworks.engine.work import Engine, Kind, Limits, Load, Lost, Notice, Work
+from tokenworks.engine.work import Beat, Engine, Kind, Limits, Load, Lost, Notice, Work
 from tokenworks.units import PS_PER_NS
 
 
@@ -196,9 +197,34 @@ class ContinuousBatch(Engine):
         """Output tokens made so far."""
         made = self.meter.made_tokens
         if self._plan is not None and self._plan.steps > 1:
-            now_ps = self._now(now_ns)
-            made += self._plan.whole_steps(now_ps - self._begin_ps) * self._decoding.count
+            made += self._over(self._plan, now_ns) * self._decoding.count
         return made
+
+    def _over(self, plan: Plan, now_ns: int) -> int:
+        """Steps of the running plan that are over."""
+        return plan.whole_steps(self._now(now_ns) - self._begin_ps)
+
+    def said(self, now_ns: int) -> dict[int, int]:
+        """Tokens so far of each request in the batch."""
+        step = self._step + (self._over(self._plan, now_ns) if self._plan is not None else 0)
+        return {ident: said(member, step) for ident, member in self._running.items()}
+
+    def beat(self, now_ns: int) -> Beat | None:
+        """The step that runs, if anyone decodes in it."""
+        plan = self._plan
+        if plan is None or self._paused_ps is not None or not self._decoding.count:
+            return None
+        over = min(self._over(plan, now_ns), plan.steps - 1)
+        end_ps = self._begin_ps + plan.time_ps(over + 1)
+        return Beat(-(-end_ps // PS_PER_NS), (plan.first_ps + over * plan.growth_ps) // PS_PER_NS)
+
+    def drawn_nj(self, now_ns: int) -> int:
+        """Energy of the steps that are over, and of the time between plans."""
+        plan, drawn_nj, until_ps = self._plan, self.meter.energy_nj, self._now(now_ns)
+        if plan is not None:
+            drawn_nj += plan.energy_nj(self._over(plan, now_ns))
+            until_ps = self._begin_ps
+        return drawn_nj + standby_nj(until_ps - self.meter.busy_ps, self.meter.idle_mw)
 
     def load(self) -> Load:
         """Its telemetry as of the last `advance`."""

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from tokenworks.cost import PrefillDecode
 from tokenworks.engine.meter import Meter
-from tokenworks.engine.work import Engine, Load, Lost, Notice, Work
+from tokenworks.engine.work import Beat, Engine, Load, Lost, Notice, Work
 from tokenworks.units import PS_PER_NS
 
 
@@ -142,6 +142,18 @@ class Handover(Engine):
     def tokens(self, now_ns: int) -> int:
         """Output tokens made so far."""
         return self.reader.tokens(now_ns) + self.writer.tokens(now_ns)
+
+    def said(self, now_ns: int) -> dict[int, int]:
+        """Tokens so far on either side; nothing of those whose cache is on its way."""
+        return self.reader.said(now_ns) | self.writer.said(now_ns)
+
+    def beat(self, now_ns: int) -> Beat | None:
+        """The writing side's: the other one only says first tokens."""
+        return self.writer.beat(now_ns)
+
+    def drawn_nj(self, now_ns: int) -> int:
+        """Of both sides."""
+        return self.reader.drawn_nj(now_ns) + self.writer.drawn_nj(now_ns)
 
     def load(self) -> Load:
         """Sequences of both sides, the cache of the writing one."""

@@ -11,7 +11,7 @@ from heapq import heapify, heappop, heappush
 from tokenworks.cost.linear import standby_nj
 from tokenworks.cost.static import Static
 from tokenworks.engine.meter import Meter
-from tokenworks.engine.work import Engine, Limits, Load, Lost, Notice, Work
+from tokenworks.engine.work import Beat, Engine, Limits, Load, Lost, Notice, Work
 from tokenworks.errors import UserError
 from tokenworks.units import PS_PER_NS
 
@@ -133,6 +133,7 @@ class StaticPipeline(Engine):
             return None
         now_ps = self._now(now_ns)
         if ident in self._active:
+            self._unread(member, now_ps)
             self._leave(member, now_ps)
             if self._paused_ps is None:
                 self._start(now_ps)
@@ -140,6 +141,23 @@ class StaticPipeline(Engine):
             self._waiting.remove(member)
             heapify(self._waiting)
         return Lost(ident, member.done, member.energy_nj)
+
+    def _unread(self, member: _Member, now_ps: int) -> None:
+        """What was not read of a prompt need not be any more: those behind it come sooner."""
+        tokens = member.work.prompt_tokens + member.done
+        end_ps, whole_ps = member.mark_ps - self.pass_ps, self.read_ps(tokens)
+        left_ps = min(end_ps - now_ps, whole_ps)
+        if member.started or left_ps <= 0:
+            return
+        unread = tokens * left_ps // whole_ps
+        self.meter.read_tokens -= unread
+        self.meter.over_time.add((end_ps - left_ps) // 1000, end_ps // 1000, (0, 0, 0, -unread))
+        for other in self._active.values():
+            if not other.started and other.mark_ps > member.mark_ps:
+                other.mark_ps -= left_ps
+                other.epoch += 1
+                self._push(other, other.mark_ps)
+        self._read_free_ps -= left_ps
 
     def crash(self, now_ns: int) -> list[Lost]:
         """Lose everything."""
@@ -271,6 +289,31 @@ class StaticPipeline(Engine):
         return self.meter.made_tokens + sum(
             max((now_ps - m.mark_ps) // self.pass_ps, 0) for m in self._active.values() if m.started
         )
+
+    def said(self, now_ns: int) -> dict[int, int]:
+        """Tokens so far of each request in a slot."""
+        now_ps, pass_ps = self._now(now_ns), self.pass_ps
+        return {
+            ident: m.done + max((now_ps - m.mark_ps) // pass_ps, 0) if m.started else m.done
+            for ident, m in self._active.items()
+        }
+
+    def beat(self, now_ns: int) -> Beat | None:
+        """The slot whose turn to say something comes first."""
+        now_ps, pass_ps = now_ns * PS_PER_NS, self.pass_ps
+        if self._paused_ps is not None:
+            return None
+        waits = [
+            pass_ps - (now_ps - m.mark_ps) % pass_ps for m in self._active.values() if m.started
+        ]
+        if not waits:
+            return None
+        return Beat(-(-(now_ps + min(waits)) // PS_PER_NS), pass_ps // PS_PER_NS)
+
+    def drawn_nj(self, now_ns: int) -> int:
+        """Energy of the time in which a slot was taken, and of the rest."""
+        idle_ps = max(self._now(now_ns), self._at_ps) - self.meter.busy_ps
+        return self.meter.energy_nj + standby_nj(idle_ps, self.meter.idle_mw)
 
     def load(self) -> Load:
         """Slots, as blocks of one."""

@@ -1,7 +1,7 @@
 """What a modelled engine is given, what it tells, and how it may be set. Imports no engine."""
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -100,6 +100,13 @@ class Lost(msgspec.Struct, frozen=True, gc=False):
     energy_nj: int
 
 
+class Beat(NamedTuple):
+    """When the next token of a running answer is due, and how long the step that makes it takes."""
+
+    at_ns: int
+    step_ns: int
+
+
 class Engine(ABC):
     """One modelled replica in virtual time. It moves only in `advance` and never looks ahead of it.
 
@@ -148,6 +155,18 @@ class Engine(ABC):
     @abstractmethod
     def tokens(self, now_ns: int) -> int:
         """Output tokens made so far, by all requests together."""
+
+    @abstractmethod
+    def said(self, now_ns: int) -> dict[int, int]:
+        """Output tokens so far of each request at work, those from elsewhere too. Advance first."""
+
+    @abstractmethod
+    def beat(self, now_ns: int) -> Beat | None:
+        """The pace of those that are answered; None while nobody is. Advance first."""
+
+    @abstractmethod
+    def drawn_nj(self, now_ns: int) -> int:
+        """Energy of all devices since 0 ns: of the steps that are over, and of doing nothing."""
 
     @abstractmethod
     def load(self) -> Load:

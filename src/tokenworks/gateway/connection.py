@@ -17,9 +17,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from tokenworks.gateway import framing
-from tokenworks.gateway.gateway import Gateway
+from tokenworks.gateway.gateway import NO_BOUNDS, Bounds, Gateway, bounds_of
 from tokenworks.gateway.heads import KnownHead
 from tokenworks.gateway.intake import ROUTES, Route
+from tokenworks.gateway.keys import Key
 from tokenworks.gateway.problem import Problem
 from tokenworks.gateway.relay import Exchange
 
@@ -38,6 +39,8 @@ class _KnownRequest(msgspec.Struct, frozen=True):
 
     route: Route
     authorization: bytes
+    bounds: Bounds = NO_BOUNDS
+    trace: bytes = b""
 
 
 class GatewayConfig(Config):
@@ -77,6 +80,11 @@ class Connection(HttpToolsProtocol):
         # When to give up on the client's next move; None while it waits for us.
         self.deadline_s: float | None = None
         self._stalled_since_s: float | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it has a request that is not answered."""
+        return self.cycle is not None and not self.cycle.response_complete
 
     # The socket
 
@@ -134,11 +142,17 @@ class Connection(HttpToolsProtocol):
         exchange.is_received = True
         exchange.paused = self.flow.write_paused
         self.cycle = self._active = exchange
+        exchange.ttft_bound_ns, exchange.tpot_bound_ns = request.bounds
+        exchange.trace = request.trace
         if gateway.keys is not None:
-            exchange.problem = gateway.keys.check(request.authorization)
+            found = gateway.keys.find(request.authorization)
+            if isinstance(found, Key):
+                exchange.key, exchange.tenant = found, found.tenant or found.name
+            else:
+                exchange.problem = found
         exchange.begin(body)
 
-    def _learn(self, route: Route, headers: dict[bytes, bytes]) -> None:
+    def _learn(self, route: Route, headers: dict[bytes, bytes], bounds: Bounds) -> None:
         """Remember the head of a request in which there was nothing unusual."""
         length = headers.get(b"content-length", b"")
         if (
@@ -149,7 +163,8 @@ class Connection(HttpToolsProtocol):
             and self.parser.should_keep_alive()
             and self.parser.get_http_version() == "1.1"
         ):
-            known = _KnownRequest(route, headers.get(b"authorization", b""))
+            trace = headers.get(b"traceparent", b"")
+            known = _KnownRequest(route, headers.get(b"authorization", b""), bounds, trace)
             self._head.learn(self._fresh, int(length), known)
 
     def _wants_upgrade(self) -> bool:
@@ -225,10 +240,20 @@ class Connection(HttpToolsProtocol):
         if problem is None and route is None:
             self._as_uvicorn_does()
             return
+        bounds = NO_BOUNDS
         if route is not None and problem is None:
-            self._learn(route, headers)
+            try:
+                bounds = bounds_of(headers)
+                self._learn(route, headers, bounds)
+            except Problem as wrong:
+                problem = wrong
         before = self.cycle
         exchange = Exchange(self._gateway, self.transport, route, self._exchange_done)
+        exchange.ttft_bound_ns, exchange.tpot_bound_ns = bounds
+        exchange.trace = headers.get(b"traceparent", b"")
+        key = self._gateway.caller(headers)
+        if key is not None:
+            exchange.key, exchange.tenant = key, key.tenant or key.name
         exchange.keep_alive = self.parser.should_keep_alive()
         exchange.chunked = self.parser.get_http_version() == "1.1"
         exchange.problem = problem

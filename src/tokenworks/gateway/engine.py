@@ -1,25 +1,30 @@
-"""An engine as the gateway sees it: where it is, what it can, who waits for it, its connections."""
+"""An engine as the gateway sees it: where it is, what it can, its connections, who is at work."""
 
 import asyncio
 import contextlib
 import ssl
+import time
+from collections.abc import Callable
 from enum import Enum
-from typing import Final, Protocol
+from typing import Final
 from urllib.parse import urlsplit
 
 import msgspec
+from msgspec.structs import replace
 
 from tokenworks.errors import UserError
+from tokenworks.gateway import adapter, kv
 from tokenworks.gateway.framing import Head
 from tokenworks.gateway.heads import KnownHead
 from tokenworks.gateway.intake import ROUTES, Call, Intake
-from tokenworks.gateway.problem import Problem, engine_lost
+from tokenworks.gateway.leg import Leg
+from tokenworks.gateway.seats import Seats
+from tokenworks.gateway.telemetry import Telemetry
 from tokenworks.gateway.traits import Traits
-from tokenworks.gateway.upstream import Receiver, Upstream
+from tokenworks.gateway.upstream import Upstream
 
 _CONNECT_S: Final = 5.0
 _IDLE_S: Final = 60.0
-_AGAIN_S: Final = 0.1
 _IDLE_CONNECTIONS: Final = 1024
 
 
@@ -64,54 +69,62 @@ class Address(msgspec.Struct, frozen=True):
         return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.prefix}"
 
 
-class Waiting(Receiver, Protocol):
-    """A call on its way to an engine."""
-
-    call: Call
-
-    def dispatched(self, upstream: Upstream) -> None:
-        """Its turn has come and its request is written."""
-
-    def failed(self, problem: Problem) -> None:
-        """It will not be answered."""
-
-
 class Engine:
-    """One engine: its queue in order of arrival, its slots, its pool of connections.
+    """One replica's engine: its state, its pool of connections, the attempts it works on.
 
-    `slots` bounds the choices in work at once (None: the engine queues by itself). More than
-    `queue` waiting calls are refused.
+    `on_state` hears when the state changes; `on_unreachable` when no connection could be made,
+    `on_lost` when an attempt ended without an end, `on_hung` when it is silent with its connections
+    open.
     """
 
     def __init__(
         self,
+        name: str,
         traits: Traits,
         address: Address,
         *,
         slots: int | None = None,
-        queue: int = 256,
         api_key: str | None = None,
+        ca_file: str | None = None,
         allow_fields: tuple[str, ...] = (),
+        kv_folder: str | None = None,
     ) -> None:
-        self.traits = traits
-        self.address = address
-        self.slots = slots
+        self.name, self.traits, self.address, self.slots = name, traits, address, slots
+        self.api_key = api_key
+        self.kv_folder = kv_folder  # where it saves its slots' caches, shared with others
+        self.seats = None if kv_folder is None or slots is None else Seats(slots)
         self.intake = Intake(traits, allow_fields)
         self.models: dict[str, dict[str, object]] = {}
         self.state = State.STARTING
         self.detail = ""
-        self.running = 0  # choices in work
-        self.waiting: dict[Waiting, None] = {}  # in order of arrival
-        self._working: set[Waiting] = set()
-        self._queue = queue
+        self.model = ""
+        self.served_as: str | None = None
+        self.processor = ""
+        self.usd_per_s = 0.0
+        self.uses_priority = False
+        self.is_wanted = True  # the fleet file has it
+        self.telemetry: Telemetry | None = None  # as it told last
+        self.legs: set[Leg] = set()
+        self.packets_done = 0  # of legs that are over
+        self._share_ns, self._share_at_ns = 0.0, 0
+        # Looks in a row without a packet: of all its streams by now, the most after which it went
+        # on, and the same of a single stream while others went on.
+        self.silent = self.said = 0
+        self.longest_silence = self.longest_pause = 0.0
+        self.longest_whole_ns = 0  # that a whole answer took
+        self.on_state: Callable[[Engine], None] = lambda _: None
+        self.on_unreachable: Callable[[Engine], None] = lambda _: None
+        self.on_lost: Callable[[Engine], None] = lambda _: None
+        self.on_hung: Callable[[Engine], None] | None = None  # None: nobody would ask after it
         self.head: KnownHead[Head] = KnownHead()  # of its last whole answer
         self.stream_head: tuple[bytes, Head | None] = (b"", None)  # and of its last stream
         self._idle: list[Upstream] = []
-        self._heads = self._request_heads(api_key)
-        self._tls = ssl.create_default_context() if address.tls else None
+        self._lines = self._request_lines(api_key)
+        self._heads = {route: self._request_head(f"/v1/{route}").encode() for route in ROUTES}
+        self.tls = ssl.create_default_context(cafile=ca_file) if address.tls else None
         self._connecting: set[asyncio.Task[None]] = set()
 
-    def _request_heads(self, api_key: str | None) -> dict[str, bytes]:
+    def _request_lines(self, api_key: str | None) -> str:
         address = self.address
         host = "localhost" if address.path else f"{address.host}:{address.port}"
         lines = f"host: {host}\r\ncontent-type: application/json\r\n"
@@ -119,105 +132,113 @@ class Engine:
             lines += f"authorization: Bearer {api_key}\r\n"
         if not self.traits.reuse_connections:
             lines += "connection: close\r\n"
-        return {
-            route: f"POST {address.prefix}/v1/{route} HTTP/1.1\r\n{lines}content-length: ".encode()
-            for route in ROUTES
-        }
+        return lines
 
-    # The queue
+    def _request_head(self, path: str) -> str:
+        return f"POST {self.address.prefix}{path} HTTP/1.1\r\n{self._lines}content-length: "
 
-    def submit(self, waiting: Waiting) -> None:
-        """Dispatch now if there is room, else queue; fails the call if neither can be."""
-        if self.state is State.READY and not self.waiting and self._has_room(waiting.call):
-            self._dispatch(waiting)
-        elif self.state is State.STOPPED:
-            waiting.failed(Problem(503, "The gateway is shutting down.", code="shutting_down"))
-        elif len(self.waiting) >= self._queue:
-            problem = f"The engine is busy and {len(self.waiting)} requests wait already."
-            waiting.failed(Problem(429, problem, code="queue_full", retry_after_s=1))
-        else:
-            self.waiting[waiting] = None
-
-    def leave(self, waiting: Waiting) -> None:
-        """The call is over, however it ended: its place is free. Harmless if it had none."""
-        if waiting in self._working:
-            self._working.remove(waiting)
-            self.running -= waiting.call.width
-            self.pump()
-        else:
-            self.waiting.pop(waiting, None)
-
-    def pump(self) -> None:
-        """Dispatch from the head of the queue while there is room."""
-        while self.waiting and self.state is State.READY:
-            first = next(iter(self.waiting))
-            if not self._has_room(first.call):
-                return
-            del self.waiting[first]
-            self._dispatch(first)
+    def request(self, path: str, body: bytes) -> bytes:
+        """A POST to a path of the engine's that is none of clients'."""
+        return b"%b%d\r\n\r\n%b" % (self._request_head(path).encode(), len(body), body)
 
     def set_state(self, state: State, detail: str = "") -> None:
-        """Note whether the engine works; what waits goes on, or fails when it is for good."""
-        self.state = state
-        self.detail = detail
-        if state is State.STOPPED:
-            for waiting in list(self.waiting):
-                waiting.failed(Problem(503, "The gateway is shutting down.", code="shutting_down"))
-        self.pump()
+        """Note whether the engine works."""
+        before, self.state, self.detail = self.state, state, detail
+        if before is not state:
+            self.on_state(self)
 
-    def _has_room(self, call: Call) -> bool:
-        return self.slots is None or self.running + call.width <= self.slots
+    # Attempts
 
-    # Connections
+    def prepare(self, call: Call, urgency: int) -> tuple[Call, bytes]:
+        """The call as this engine takes it, and a header line that tells what was left out; raises
+        Problem where it can't do what is asked for.
+        """
+        if call.traits is not self.traits:  # it was read for an engine of another kind
+            call = self.intake.call(call.route, call.raw, slots=self.slots)
+        assert call.request is not None
+        body, left_out = adapter.prepare(
+            self.traits,
+            call.route,
+            call.body,
+            adapter.named(call.request),
+            model=self.served_as,
+            urgency=urgency if self.uses_priority else None,
+        )
+        if body is call.body:
+            return call, b""
+        return replace(call, body=body), adapter.warning(left_out)
 
-    def _dispatch(self, waiting: Waiting) -> None:
-        self._working.add(waiting)
-        self.running += waiting.call.width
+    def share(self, now_ns: int) -> float:
+        """Nanoseconds that each leg would have used so far, had it always been there: those of one
+        moment use equal shares of it.
+        """
+        if self.legs:
+            self._share_ns += (now_ns - self._share_at_ns) / len(self.legs)
+        self._share_at_ns = now_ns
+        return self._share_ns
+
+    def send(self, leg: Leg) -> None:
+        """Begin an attempt, over a kept connection if there is one."""
+        leg.sent_ns = time.monotonic_ns()
+        leg.share_ns = self.share(leg.sent_ns)
+        self.legs.add(leg)
+        if self.seats is not None:
+            self._seat(leg, self.seats)
         while self._idle:
             upstream = self._idle.pop()
             if not upstream.transport.is_closing():
-                self._send(upstream, waiting)
+                self._send(upstream, leg)
                 return
-        self.reconnect(waiting)
+        self.reconnect(leg)
 
-    def _send(self, upstream: Upstream, waiting: Waiting) -> None:
-        call = waiting.call
-        request = b"%b%d\r\n\r\n%b" % (self._heads[call.route], len(call.body), call.body)
-        upstream.receiver = waiting
-        # At the end of this turn of the loop (see `Exchange._answer`).
-        asyncio.get_running_loop().call_soon(upstream.transport.write, request)
-        waiting.dispatched(upstream)
+    def _seat(self, leg: Leg, seats: Seats) -> None:
+        """Choose its slot, where it needs one only and has none yet."""
+        call = leg.call
+        if leg.slot < 0 and kv.unable(call) is None:
+            leg.slot = seats.take(call.raw)
+        if leg.slot >= 0:
+            leg.call = replace(call, body=kv.in_slot(call.body, leg.slot))
 
-    def reconnect(self, waiting: Waiting) -> None:
-        """Send a dispatched call over a new connection."""
-        task = asyncio.get_running_loop().create_task(self._connect(waiting))
+    def leave(self, leg: Leg) -> None:
+        """An attempt is over, however it ended."""
+        if leg.slot >= 0 and (leg.passage is None or not leg.passage.keeps):
+            assert self.seats is not None
+            self.seats.give(leg.slot, leg.call.raw)
+            leg.slot = -1
+        if leg in self.legs:
+            self.share(time.monotonic_ns())
+            self.legs.remove(leg)
+            self.packets_done += leg.packets
+
+    def _send(self, upstream: Upstream, leg: Leg) -> None:
+        call = leg.call
+        upstream.receiver = leg
+        upstream.transport.write(
+            b"%b%d\r\n\r\n%b" % (self._heads[call.route], len(call.body), call.body)
+        )
+        leg.connected(upstream)
+
+    def reconnect(self, leg: Leg) -> None:
+        """Send an attempt over a new connection."""
+        task = asyncio.get_running_loop().create_task(self._connect(leg))
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
 
-    async def _connect(self, waiting: Waiting) -> None:
+    async def _connect(self, leg: Leg) -> None:
         try:
-            upstream = await self._open()
+            upstream = await self.open()
         except (OSError, TimeoutError) as error:
-            if self.address.path and waiting in self._working:
-                self._put_back(waiting)
-            else:
+            self.on_unreachable(self)
+            if leg in self.legs:
                 reason = f"cannot connect to {self.address}: {error or 'timeout'}"
-                waiting.failed(engine_lost(reason))
+                leg.exchange.lost(leg, reason)
         else:
-            if waiting in self._working:
-                self._send(upstream, waiting)
+            if leg in self.legs:
+                self._send(upstream, leg)
             else:  # its client left in the meantime
                 upstream.drop()
 
-    def _put_back(self, waiting: Waiting) -> None:
-        """First in the queue again: the embedded engine is gone before it is known to be, and
-        will be back."""
-        self._working.remove(waiting)
-        self.running -= waiting.call.width
-        self.waiting = {waiting: None, **self.waiting}
-        asyncio.get_running_loop().call_later(_AGAIN_S, self.pump)
-
-    async def _open(self) -> Upstream:
+    async def open(self) -> Upstream:
         """A new connection; OSError or TimeoutError where there is none to be had."""
         loop = asyncio.get_running_loop()
         address = self.address
@@ -230,7 +251,7 @@ class Engine:
                 _, upstream = await loop.create_unix_connection(build, address.path)
             else:
                 _, upstream = await loop.create_connection(
-                    build, address.host, address.port, ssl=self._tls
+                    build, address.host, address.port, ssl=self.tls
                 )
         return upstream
 

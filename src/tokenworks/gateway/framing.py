@@ -195,6 +195,7 @@ _REASONS: Final = {
     422: b"Unprocessable Content",
     429: b"Too Many Requests",
     431: b"Request Header Fields Too Large",
+    498: b"Capacity Exceeded",
     502: b"Bad Gateway",
     503: b"Service Unavailable",
     504: b"Gateway Timeout",
@@ -212,11 +213,11 @@ _STREAM_HEADERS: Final = (
 )
 
 
-def stream_opening(request_id: bytes, chunked: bool, keep_alive: bool) -> bytes:
-    """The head of a response that is a stream of events."""
+def stream_opening(request_id: bytes, chunked: bool, keep_alive: bool, extra: bytes = b"") -> bytes:
+    """The head of a response that is a stream of events; `extra` is header lines to add."""
     close = b"" if keep_alive else b"\r\nconnection: close"
     coding = b"\r\ntransfer-encoding: chunked" if chunked else b""
-    return b"%b%b%b%b\r\n\r\n" % (_STREAM_HEADERS, request_id, close, coding)
+    return b"%b%b%b%b\r\n%b\r\n" % (_STREAM_HEADERS, request_id, close, coding, extra)
 
 
 def problem_response(problem: Problem, extra: bytes = b"") -> bytes:

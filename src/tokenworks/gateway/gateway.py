@@ -1,22 +1,40 @@
-"""What all connections share: the engine, the limits, the keys, the figures."""
+"""What all connections share: models, the factory, the ledger, limits, keys, figures."""
 
 import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from tokenworks.gateway.engine import Engine
+from tokenworks.gateway.arrival import BLOCK_TOKENS, prefix_of
+from tokenworks.gateway.factory import Factory, ledger_problem
 from tokenworks.gateway.figures import Figures
-from tokenworks.gateway.keys import Keys
-from tokenworks.gateway.problem import Problem
+from tokenworks.gateway.keys import Key, Keys
+from tokenworks.gateway.ledger.ledger import Ledger
+from tokenworks.gateway.ledger.row import Row
+from tokenworks.gateway.problem import Problem, invalid
+from tokenworks.gateway.recording import Recording
+from tokenworks.gateway.served import Models
+from tokenworks.gateway.tenancy import Tenancy
+
+if TYPE_CHECKING:
+    from tokenworks.gateway.relay import Exchange
 
 # Paths that need no key: they carry no request and tell nothing of others'.
 _OPEN_PATHS: Final = frozenset(
     {b"/", b"/health", b"/favicon.svg", b"/static/chat.js", b"/static/chat.css"}
 )
+
+# What a caller may ask for beyond its class: milliseconds, ours and llm-d's.
+_BOUNDS: Final = (
+    (b"x-slo-ttft-ms", b"x-llm-d-slo-ttft-ms"),
+    (b"x-slo-tpot-ms", b"x-llm-d-slo-tpot-ms"),
+)
+_NS_PER_MS: Final = 1_000_000
+Bounds = tuple[int | None, int | None]
+NO_BOUNDS: Final[Bounds] = (None, None)
 
 _JSON: Final = re.compile(rb"application/json\s*(?:;.*)?$", re.IGNORECASE | re.DOTALL)
 
@@ -48,14 +66,24 @@ class Gateway:
     """
 
     def __init__(
-        self, engine: Engine, limits: Limits, now: Callable[[], float] = time.monotonic
+        self,
+        models: Models,
+        factory: Factory,
+        ledger: Ledger,
+        tenancy: Tenancy,
+        limits: Limits,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.engine = engine
-        self.limits = limits
+        self.models, self.factory, self.ledger, self.limits = models, factory, ledger, limits
+        self.tenancy = tenancy
         self.keys: Keys | None = None
         self.hosts: frozenset[bytes] | None = None
         self.now = now
-        self.figures = Figures(engine)
+        self.is_draining = False
+        self.figures = Figures()
+        self.recording: Recording | None = None
+        # Told of each end, with what its client sent as traceparent.
+        self.hearers: list[Callable[[Row, bytes], None]] = []
         self._prefix = b"req_" + secrets.token_hex(6).encode() + b"_"
         self._count = 0
 
@@ -126,13 +154,63 @@ class Gateway:
             code="body_too_large",
         )
 
-    def check_model(self, name: str) -> None:
-        """Raise Problem (404) where no engine serves the model; any name goes if none is known."""
-        models = self.engine.models
-        if models and name not in models:
-            raise Problem(
-                404,
-                f"The model {name!r} does not exist here. There is: {', '.join(models)}.",
-                param="model",
-                code="model_not_found",
+    def check_open(self, waiting: int) -> None:
+        """Raise Problem where nothing new is taken: it shuts down, is full, or can't keep books."""
+        if self.is_draining:
+            raise Problem(503, "The gateway is shutting down.", code="shutting_down")
+        if self.ledger.is_broken:
+            raise ledger_problem()
+        if waiting >= self.limits.queue:
+            told = f"The engines are busy and {waiting} requests wait already."
+            raise Problem(429, told, code="queue_full", retry_after_s=1)
+
+    def caller(self, headers: Mapping[bytes, bytes]) -> Key | None:
+        """Whose request it is, where keys are asked for and `check_head` found no problem."""
+        if self.keys is None:
+            return None
+        found = self.keys.find(headers.get(b"authorization", b""))
+        return found if isinstance(found, Key) else None
+
+    def close_books(self, exchange: "Exchange", row: Row, ended_ns: int) -> None:
+        """A request has ended: its one row, its tenant's account, the figures."""
+        self.figures.note(row)
+        if exchange.problem is None:  # else it was not let in
+            exchange.write_row(row)
+            self.factory.keep()
+        if exchange.reserved_tokens >= 0:
+            # Who was refused by the scheduler has used nothing.
+            tokens = 0 if row.outcome == "rejected" else row.prompt_tokens + row.output_tokens
+            self.tenancy.settle(
+                exchange.key,
+                exchange.reserved_tokens,
+                tokens,
+                row.usd,
+                ended_ns * 1e-9,
+                row.energy_j,
             )
+        elif exchange.batch and (row.usd or row.energy_j):
+            self.tenancy.spend(exchange.key, row.usd, row.energy_j, ended_ns * 1e-9)
+        if self.recording is not None:
+            prefix = prefix_of(exchange) if exchange.tokens else ()
+            self.recording.note(row, prefix, BLOCK_TOKENS)
+        for hear in self.hearers:
+            hear(row, exchange.trace)
+
+
+def bounds_of(headers: Mapping[bytes, bytes]) -> Bounds:
+    """A request's own bounds on its first token and on each after it; raises Problem."""
+    found: list[int | None] = []
+    for names in _BOUNDS:
+        value = next((headers[name] for name in names if name in headers), None)
+        if value is None:
+            found.append(None)
+            continue
+        try:
+            bound_ns = round(float(value) * _NS_PER_MS)
+        except (ValueError, OverflowError):
+            bound_ns = 0
+        if bound_ns < 1:
+            name = names[0].decode()
+            raise invalid(f"The header {name} takes milliseconds above zero.", name)
+        found.append(bound_ns)
+    return found[0], found[1]

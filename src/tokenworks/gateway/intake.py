@@ -18,6 +18,7 @@ from tokenworks.gateway.schema import (
 )
 from tokenworks.gateway.tools import Emulation, plain_history
 from tokenworks.gateway.traits import Traits
+from tokenworks.sched.config import ServiceClass
 
 Route = Literal["chat/completions", "completions", "embeddings", "responses"]
 
@@ -31,6 +32,18 @@ ROUTES: Final[tuple[Route, ...]] = tuple(_TYPES)
 
 _PLACE: Final = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<path>.*)`)?$", re.DOTALL)
 _ESCAPED: Final = re.compile(rb"\\u00[2-7]")
+# What a service tier asks for: OpenAI's words and Groq's.
+_CLASSES: Final[dict[str, ServiceClass]] = {
+    "auto": "standard",
+    "default": "standard",
+    "on_demand": "standard",
+    "scale": "standard",
+    "flex": "flex",
+    "performance": "realtime",
+    "priority": "realtime",
+}
+# The field with a comma of its own; inside a string its quotes would be escaped.
+_TIER: Final = re.compile(rb'"service_tier"\s*:\s*(?:"[a-z_]*"|null)\s*(?:,\s*)?')
 _FIELD: Final = re.compile(r"(?P<kind>unknown|missing required) field `(?P<name>.*)`", re.DOTALL)
 
 
@@ -41,6 +54,11 @@ class Call(msgspec.Struct, gc=False):
     model: str
     body: bytes
     stream: bool = False
+    raw: bytes = b""  # as its client sent it
+    traits: Traits | None = None  # of the kind of engine it was read for
+    request: Request | None = None  # as it was decoded
+    service_class: ServiceClass = "standard"  # that it asks for
+    max_tokens: int | None = None
     # Whether the client asked to see usage in its stream.
     wants_usage: bool = True
     # And in every event of it (vLLM's continuous_usage_stats).
@@ -64,7 +82,7 @@ class Intake:
 
     def __init__(self, traits: Traits, allow: Iterable[str] = ()) -> None:
         extra = sorted(traits.extra_fields | set(allow))
-        self._traits = traits
+        self.traits = traits
         self._decoders = {route: msgspec.json.Decoder(kind) for route, kind in _TYPES.items()}
         # For requests with fields beyond OpenAI's: a record of so many is slower to fill.
         self._wide = {
@@ -74,15 +92,29 @@ class Intake:
     def call(self, route: Route, body: bytes, *, slots: int | None = None) -> Call:
         """Decode and check `body`; raises Problem (400) with the field and the remedy."""
         request = self._decode(route, body)
-        if self._traits.absent or self._traits.refused:
+        if self.traits.absent or self.traits.refused:
             self._refuse(route, request)
+        call = self._read(route, request, body, slots)
+        call.raw, call.traits, call.request = body, self.traits, request
+        return call
+
+    def _read(self, route: Route, request: Request, body: bytes, slots: int | None) -> Call:
+        tier = None if isinstance(request, EmbeddingRequest) else request.service_tier
+        if tier is not None or b'"service_tier"' in body:  # ours, not the engine's
+            body = _without_tier(body)
+        call = self._of(route, request, body, slots)
+        if tier is not None:
+            call.service_class = _CLASSES[tier]
+        return call
+
+    def _of(self, route: Route, request: Request, body: bytes, slots: int | None) -> Call:
         if isinstance(request, ChatRequest):
             return self._chat(request, body, slots)
         if isinstance(request, CompletionRequest):
             return self._completion(request, body, slots)
         if isinstance(request, ResponsesRequest):
             return self._responses(request, body)
-        return Call(route=route, model=request.model, body=body)
+        return Call(route, request.model, body, max_tokens=1)
 
     def _decode(self, route: Route, body: bytes) -> Request:
         if not body:
@@ -104,16 +136,16 @@ class Intake:
 
     def _refuse(self, route: Route, request: Request) -> None:
         """Raise where the engine lacks the route, or would ignore a field."""
-        reason = self._traits.absent.get(route)
+        reason = self.traits.absent.get(route)
         if reason is not None:
             raise invalid(f"/v1/{route} is not available here: {reason}", code="unsupported_route")
-        for place, reason in self._traits.refused.items():
+        for place, reason in self.traits.refused.items():
             where, _, name = place.rpartition(".")
             if where in ("", route) and getattr(request, name, None):
                 raise invalid(f"{name} is not supported here: {reason}.", name, "unsupported_field")
 
     def _chat(self, request: ChatRequest, body: bytes, slots: int | None) -> Call:
-        traits = self._traits
+        traits = self.traits
         _check_messages(request, traits)
         _check_formats(request)
         call = self._text_call("chat/completions", request, body, slots)
@@ -133,7 +165,7 @@ class Intake:
         prompts = _prompts(request.prompt)
         call = self._text_call("completions", request, body, slots, prompts)
         call.several_prompts = prompts > 1
-        call.chat_logprobs = self._traits.chat_logprobs and request.logprobs is not None
+        call.chat_logprobs = self.traits.chat_logprobs and request.logprobs is not None
         return _finish(call, request.stream_options, {})
 
     def _text_call(
@@ -146,6 +178,9 @@ class Intake:
     ) -> Call:
         """What chat and completions have in common: the stream, usage, the number of choices."""
         call = Call(route, request.model, body, bool(request.stream))
+        call.max_tokens = request.max_tokens
+        if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
+            call.max_tokens = request.max_completion_tokens
         options = request.stream_options
         if options is not None:
             if not call.stream:
@@ -161,18 +196,18 @@ class Intake:
                 told = f"n is {request.n}; this engine makes at most {slots} choices at once."
                 raise invalid(told, "n")
             call.width = min(choices, slots or choices)
-            call.sum_usage = self._traits.usage_per_choice
+            call.sum_usage = self.traits.usage_per_choice
         self._as_stream(call)
         return call
 
     def _as_stream(self, call: Call) -> None:
         """Ask for a stream where only that can be stopped in the middle."""
-        if self._traits.stops_streams_only:
+        if self.traits.stops_streams_only:
             call.assemble = not call.stream
             call.shows_progress = True
 
     def _responses(self, request: ResponsesRequest, body: bytes) -> Call:
-        if request.tools and not self._traits.native_tools:
+        if request.tools and not self.traits.native_tools:
             raise invalid(
                 "tools are not supported on /v1/responses by this model. "
                 "Use /v1/chat/completions, where they are.",
@@ -180,6 +215,7 @@ class Intake:
                 "unsupported_field",
             )
         call = Call("responses", request.model, body, bool(request.stream))
+        call.max_tokens = request.max_output_tokens
         self._as_stream(call)
         return _finish(call, None, {})
 
@@ -254,6 +290,19 @@ def _prompts(prompt: object) -> int:
     if isinstance(prompt, list) and not isinstance(prompt[0], int):
         return len(prompt)
     return 1
+
+
+def _without_tier(body: bytes) -> bytes:
+    """The body without its service tier, which is for the gateway."""
+    if _ESCAPED.search(body):
+        document = _raw(body)
+        document.pop("service_tier", None)
+        return msgspec.json.encode(document)
+    cut = _TIER.sub(b"", body, 1)
+    end = cut.rstrip()
+    if end.endswith(b"}") and end[:-1].rstrip().endswith(b","):  # it was the last one
+        return end[:-1].rstrip()[:-1] + b"}"
+    return cut
 
 
 def _raw(body: bytes) -> dict[str, Any]:

@@ -84,3 +84,13 @@ def engine_lost(detail: str) -> Problem:
         f"The engine stopped while it worked on this request ({detail}). Please send it again.",
         code="engine_lost",
     )
+
+
+def not_resumable(detail: str, why: str) -> Problem:
+    """502: the same, of a request that can't go on elsewhere."""
+    return Problem(
+        502,
+        f"The engine stopped while it worked on this request ({detail}). It can't go on at another "
+        f"one: {why}. Please send it again.",
+        code="not_resumable",
+    )

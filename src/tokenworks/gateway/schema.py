@@ -23,8 +23,8 @@ Stop = StopText | Annotated[list[StopText], Meta(max_length=16)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
 Prompt = str | Annotated[list[str | TokenIds | TokenId], Meta(min_length=1)]
-# The tiers the gateway serves today are all the same one.
-Tier = Literal["auto", "default", "on_demand"]
+# OpenAI's tiers and Groq's; intake.py says which class each stands for.
+Tier = Literal["auto", "default", "on_demand", "flex", "performance", "priority", "scale"]
 
 
 class _Strict(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -180,6 +180,7 @@ class CompletionRequest(_Sampling, kw_only=True):
     echo: bool | None = None
     suffix: str | None = None
     best_of: Choices | None = None
+    service_tier: Tier | None = None
 
 
 class EmbeddingRequest(_Strict, kw_only=True):

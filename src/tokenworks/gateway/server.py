@@ -4,59 +4,60 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
 import signal
 import socket
 import ssl
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import uvicorn
 import uvloop
 from starlette.routing import BaseRoute
 
+from tokenworks.catalog.book import Catalog
 from tokenworks.errors import UserError
-from tokenworks.gateway import app, remote
+from tokenworks.gateway import app
+from tokenworks.gateway.admin import Admin
 from tokenworks.gateway.connection import Connection, GatewayConfig
-from tokenworks.gateway.embedded.launch import Launch, plan
-from tokenworks.gateway.embedded.supervisor import Supervisor
-from tokenworks.gateway.engine import Address, Engine
+from tokenworks.gateway.fleet import Model
 from tokenworks.gateway.gateway import Gateway
 from tokenworks.gateway.keys import Keys, default_path
+from tokenworks.gateway.ledger.ledger import default_folder
+from tokenworks.gateway.plant import Plant
 from tokenworks.gateway.settings import Settings
-from tokenworks.gateway.traits import EMBEDDED, REMOTE
-from tokenworks.model.gguf import Gguf
+from tokenworks.model.shape import Shape
 
 _log = logging.getLogger(__name__)
 
 _SWEEP_S: Final = 1.0
+_LOOK_S: Final = 0.05
 _BACKLOG: Final = 4096
-_COLLECT: Final = (10_000, 20, 20)
-ENGINE_KEY_VARIABLE: Final = "TOKENWORKS_ENGINE_API_KEY"
+_COLLECT: Final = (50_000, 20, 20)
 
 
-class Model:
-    """The model file to serve: opened and read by whoever starts the gateway."""
+class Given(NamedTuple):
+    """What whoever starts the gateway has opened for it: model files, the catalogue, shapes."""
 
-    def __init__(self, path: Path, name: str, header: Gguf) -> None:
-        self.path = path
-        self.name = name
-        self.header = header
+    models: Mapping[str, Model]
+    catalog: Catalog
+    open_shape: Callable[[str], Shape]
+    load: Callable[[], Settings]  # the settings once more, as they are now
+    place: str = "the settings"  # where they come from
 
 
 def run(
     settings: Settings,
-    model: Model | None,
+    given: Given,
     *,
     routes: Sequence[BaseRoute] = (),
-    on_ready: Callable[[str, Engine], None],
+    on_ready: Callable[[str, Gateway], None],
 ) -> None:
     """Serve until SIGINT or SIGTERM; a second one ends what is still being answered.
 
-    `model` None: the engine is at `settings.engine.url`. `on_ready` gets the gateway's address.
-    Raises UserError for whatever stops it from starting.
+    SIGHUP has the fleet file read again. `on_ready` gets the gateway's address. Raises UserError
+    for whatever stops it from starting.
     """
     keys = _keys(settings)
     tls = _check_tls(settings)
@@ -64,7 +65,7 @@ def run(
         contextlib.closing(_bind(settings)) as listener,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        runner.run(_main(settings, model, keys, tls, listener, routes, on_ready))
+        runner.run(_main(settings, given, keys, tls, listener, routes, on_ready))
 
 
 def _keys(settings: Settings) -> Keys | None:
@@ -119,97 +120,67 @@ def _bind(settings: Settings) -> socket.socket:
 
 async def _main(
     settings: Settings,
-    model: Model | None,
+    given: Given,
     keys: Keys | None,
     tls: bool,
     listener: socket.socket,
     routes: Sequence[BaseRoute],
-    on_ready: Callable[[str, Engine], None],
+    on_ready: Callable[[str, Gateway], None],
 ) -> None:
     main = asyncio.current_task()
     assert main is not None
     server: _Server | None = None
 
     def stop() -> None:
-        # While the engine starts there is nothing to be drained.
+        # While the engines start there is nothing to be drained.
         if server is None:
             if not main.cancelling():  # told twice, it still cleans up once
                 main.cancel()
         else:
             server.stop()
 
+    def reload() -> None:
+        if server is not None:
+            server.reload_soon()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
-    running = _remote(settings) if model is None else _embedded(settings, model)
+    loop.add_signal_handler(signal.SIGHUP, reload)
     try:
-        async with running as gateway:
+        async with _running(settings, given, listener) as plant:
+            gateway = plant.gateway
             gateway.keys = keys
             gateway.hosts = None if keys else _loopback_names(settings)
-            config = _configure(settings, gateway, routes)
-            server = _Server(config, gateway)
+            admin = Admin(plant, given.load, given.place)
+            config = _configure(settings, admin, routes)
+            server = _Server(config, admin)
+            connections = server.server_state.connections
+            plant.gauges.connections = lambda: len(connections)
             url = _url(settings, listener, tls)
-            await server.serve_on(listener, lambda: on_ready(url, gateway.engine))
+            await server.serve_on(listener, lambda: on_ready(url, gateway))
     except asyncio.CancelledError:
-        _log.info("stopped before the engine was ready")
+        _log.info("stopped before the engines were ready")
 
 
 @contextlib.asynccontextmanager
-async def _remote(settings: Settings) -> AsyncIterator[Gateway]:
-    api_key = os.environ.get(ENGINE_KEY_VARIABLE)
-    assert settings.engine.url is not None
-    engine = Engine(
-        REMOTE,
-        Address.of_url(settings.engine.url),
-        slots=settings.engine.slots,
-        queue=settings.limits.queue,
-        api_key=api_key,
-        allow_fields=settings.engine.allow_fields,
-    )
-    await remote.first_contact(engine, api_key)
-    touch = asyncio.create_task(remote.keep_in_touch(engine, api_key))
-    try:
-        yield Gateway(engine, settings.limits)
-    finally:
-        touch.cancel()
-        engine.close()
-
-
-@contextlib.asynccontextmanager
-async def _embedded(settings: Settings, model: Model) -> AsyncIterator[Gateway]:
-    # A socket file in a folder of ours: nobody else on the machine can reach the engine past us.
-    # (The engine's process removes it too, for the case that we are killed.)
-    with tempfile.TemporaryDirectory(prefix="tokenworks-", ignore_cleanup_errors=True) as folder:
-        socket_path = Path(folder) / "engine.sock"
-        launch = plan(model.path, model.name, model.header, settings.engine, socket_path)
-        engine = Engine(
-            EMBEDDED.for_model(
-                native_tools="tools" in (model.header.chat_template or ""),
-                is_embedder=launch.is_embedder,
-            ),
-            Address(path=launch.socket_path),
-            slots=launch.slots,
-            queue=settings.limits.queue,
-            allow_fields=settings.engine.allow_fields,
+async def _running(
+    settings: Settings, given: Given, listener: socket.socket
+) -> AsyncIterator[Plant]:
+    folder = default_folder(listener.getsockname()[1])
+    if settings.ledger.folder is not None:
+        folder = Path(settings.ledger.folder).expanduser()  # noqa: ASYNC240 - a moment
+    # Socket files in a folder of ours: nobody else on the machine can reach the engines past us.
+    # (The engines' processes remove it too, for the case that we are killed.)
+    with tempfile.TemporaryDirectory(prefix="tokenworks-", ignore_cleanup_errors=True) as sockets:
+        plant = Plant(
+            settings, given.catalog, given.open_shape, given.models, Path(sockets), folder
         )
-        engine.models = {model.name: {"meta": _facts(launch, model)}}
-        gateway = Gateway(engine, settings.limits)
-        supervisor = Supervisor(engine, launch, gateway.figures.note_restart)
         try:
-            await supervisor.start()
-            yield gateway
+            await plant.start()
+            yield plant
         finally:
-            engine.close()
-            await supervisor.stop()
-
-
-def _facts(launch: Launch, model: Model) -> dict[str, object]:
-    return {
-        "architecture": model.header.architecture,
-        "context_tokens": launch.context_tokens,
-        "slots": launch.slots,
-        "threads": launch.threads,
-    }
+            await plant.stop()
 
 
 def _loopback_names(settings: Settings) -> frozenset[bytes]:
@@ -217,9 +188,9 @@ def _loopback_names(settings: Settings) -> frozenset[bytes]:
     return frozenset(names)
 
 
-def _configure(settings: Settings, gateway: Gateway, routes: Sequence[BaseRoute]) -> GatewayConfig:
+def _configure(settings: Settings, admin: Admin, routes: Sequence[BaseRoute]) -> GatewayConfig:
     config = GatewayConfig(
-        app.build(gateway, routes),
+        app.build(admin, routes),
         http=Connection,
         ws="none",
         lifespan="off",
@@ -231,7 +202,7 @@ def _configure(settings: Settings, gateway: Gateway, routes: Sequence[BaseRoute]
         ssl_keyfile=settings.tls_key,
         timeout_graceful_shutdown=max(1, int(settings.drain_s)),
     )
-    config.gateway = gateway
+    config.gateway = admin.plant.gateway
     return config
 
 
@@ -245,9 +216,12 @@ def _url(settings: Settings, listener: socket.socket, tls: bool) -> str:
 class _Server(uvicorn.Server):
     """uvicorn's server with our signals, and a sweep over its connections."""
 
-    def __init__(self, config: GatewayConfig, gateway: Gateway) -> None:
+    def __init__(self, config: GatewayConfig, admin: Admin) -> None:
         super().__init__(config)
-        self._gateway = gateway
+        self._admin = admin
+        self._plant, self._gateway = admin.plant, admin.plant.gateway
+        self._reload: asyncio.Task[None] | None = None
+        self._drain_until_s = 0.0
 
     async def serve_on(self, listener: socket.socket, on_ready: Callable[[], None]) -> None:
         """Serve on a bound socket until stopped."""
@@ -259,8 +233,30 @@ class _Server(uvicorn.Server):
 
     def stop(self) -> None:
         """Drain; when told again, end at once."""
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        if self._gateway.is_draining:
+            self.force_exit = self.should_exit = True
+            return
+        # Until all is answered there is somebody who tells new clients to go elsewhere.
+        self._gateway.is_draining = True
+        self._drain_until_s = self._gateway.now() + self._plant.settings.drain_s
+
+    def _is_drained(self) -> bool:
+        """Whether all is answered; or there was no more time for it, and then there is none now."""
+        connections = self.server_state.connections
+        if self._gateway.now() > self._drain_until_s:
+            self.config.timeout_graceful_shutdown = 1
+            return True
+        return not any(isinstance(each, Connection) and each.is_busy for each in connections)
+
+    def reload_soon(self) -> None:
+        """Read the fleet file again."""
+        self._reload = asyncio.create_task(self._reloaded())
+
+    async def _reloaded(self) -> None:
+        try:
+            await self._admin.reload()
+        except UserError as error:
+            _log.error("not reloaded: %s", error)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -276,18 +272,31 @@ class _Server(uvicorn.Server):
         gc.collect()
         gc.freeze()
         gc.set_threshold(*_COLLECT)
+        soon_s = 0.0
         while True:
-            await asyncio.sleep(_SWEEP_S)
-            now_s = self._gateway.now()
-            self._gateway.engine.sweep(now_s)
-            if self._gateway.keys is not None:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                if self._gateway.is_draining and not self.should_exit:
+                    self.should_exit = self._is_drained()
+                self._plant.sweep()
+                if self._gateway.now() >= soon_s:
+                    soon_s = self._gateway.now() + _SWEEP_S
+                    self._sweep_connections()
+            except Exception:  # a mistake there must not end all deadlines
+                _log.exception("the factory could not be swept")
+
+    def _sweep_connections(self) -> None:
+        now_s = self._gateway.now()
+        for engine in self._gateway.factory.engines:
+            engine.sweep(now_s)
+        if self._gateway.keys is not None:
+            try:
+                self._gateway.keys.refresh()
+            except UserError as error:
+                _log.error("%s", error)
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection):
                 try:
-                    self._gateway.keys.refresh()
-                except UserError as error:
-                    _log.error("%s", error)
-            for connection in list(self.server_state.connections):
-                if isinstance(connection, Connection):
-                    try:
-                        connection.expire(now_s)
-                    except Exception:  # one connection's trouble must not end all deadlines
-                        _log.exception("a connection could not be swept")
+                    connection.expire(now_s)
+                except Exception:  # one connection's trouble must not end all deadlines
+                    _log.exception("a connection could not be swept")

@@ -7,10 +7,9 @@ class Stage(Enum):
     """Where an exchange is. The table below says what may follow what."""
 
     RECEIVING = "receiving"  # the client's request is still coming
-    WAITING = "waiting"  # for a slot, or for the engine to come back
-    SENT = "sent"  # the engine has the request, and has said nothing yet
-    ANSWERING = "answering"  # the engine's answer is coming
-    STREAMING = "streaming"  # and the client has the beginning of it
+    WAITING = "waiting"  # for an engine: the first, or another one after the first was lost
+    SENT = "sent"  # an engine has the request
+    STREAMING = "streaming"  # and the client has the beginning of its answer (until it is moved)
     DONE = "done"
 
     after: "tuple[Stage, ...]"  # what may follow; compared by identity, which costs nothing
@@ -18,7 +17,6 @@ class Stage(Enum):
 
 Stage.RECEIVING.after = (Stage.WAITING, Stage.DONE)
 Stage.WAITING.after = (Stage.SENT, Stage.DONE)
-Stage.SENT.after = (Stage.ANSWERING, Stage.DONE)
-Stage.ANSWERING.after = (Stage.STREAMING, Stage.DONE)
-Stage.STREAMING.after = (Stage.DONE,)
+Stage.SENT.after = (Stage.STREAMING, Stage.WAITING, Stage.DONE)
+Stage.STREAMING.after = (Stage.SENT, Stage.WAITING, Stage.DONE)
 Stage.DONE.after = ()

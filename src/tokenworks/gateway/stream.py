@@ -4,15 +4,16 @@ Most events of a stream never come here: the relay forwards them as bytes. What 
 which carries usage, and the streams whose every event must be read (`Edit.plain` is false).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
 
-from tokenworks.gateway.framing import payload_of, split
-from tokenworks.gateway.intake import Call
+from tokenworks.gateway.framing import FramingError, payload_of, split
+from tokenworks.gateway.intake import Call, Route
 from tokenworks.gateway.problem import Problem
+from tokenworks.gateway.resume import Said
 
 # In a JSON text these can only be keys: inside a string their quotes would be escaped.
 USAGE_KEY: Final = b'"usage":'
@@ -22,6 +23,10 @@ _DONE: Final = b"[DONE]"
 _CODES: Final = {"exceed_context_size_error": "context_length_exceeded"}
 
 
+class _Details(msgspec.Struct, gc=False):
+    cached_tokens: int = 0
+
+
 class Usage(msgspec.Struct, gc=False):
     """Tokens as an answer reports them; /v1/responses calls them input and output."""
 
@@ -29,6 +34,13 @@ class Usage(msgspec.Struct, gc=False):
     completion_tokens: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+    prompt_tokens_details: _Details | None = None
+    cycles: int = 0  # of a deterministic engine: exact
+
+    @property
+    def tokens_cached(self) -> int:
+        """Tokens of the prompt that were in the engine's cache."""
+        return self.prompt_tokens_details.cached_tokens if self.prompt_tokens_details else 0
 
     @property
     def tokens_in(self) -> int:
@@ -66,18 +78,40 @@ class Edit:
     _whole: "_Assembly | None" = None
     _last: Mapping[str, Any] = MappingProxyType({})
 
-    def __init__(self, call: Call) -> None:
+    has_begun = False  # whether it saw a word, of a stream whose events are held back
+    _receipt: "Receipt | None" = None
+
+    def __init__(
+        self,
+        call: Call,
+        receipt: "Receipt | None" = None,
+        said: Said | None = None,
+        *,
+        heard: str = "",
+        cached_tokens: int | None = None,
+    ) -> None:
+        """`heard`: what the engine says again, and the client has; `cached_tokens`: of the prompt,
+        where another engine has read it.
+        """
         self._call = call
+        self._heard, self._cached_tokens = heard, cached_tokens
+        self._said = said  # by an engine before this one
+        if receipt is not None and call.stream and call.wants_usage:
+            self._receipt = receipt
         # Whether events may be forwarded unread as long as they carry no usage.
-        self.plain = not (call.tools or call.assemble or call.chat_logprobs or call.sum_usage)
-        self._is_text = call.route in ("chat/completions", "completions")
-        if call.shows_progress and not self._is_text:
+        self.plain = not (
+            call.tools or call.assemble or call.chat_logprobs or call.sum_usage or said is not None
+        )
+        self.is_text = call.route in ("chat/completions", "completions")
+        if call.shows_progress and not self.is_text:
             self.plain = False  # its progress may come after its first event
         if self.plain:
             return
         self._offsets: dict[int, int] = {}  # by choice, how long its text is so far
         if call.assemble:
             self._whole = _Assembly()
+            if said is not None:
+                self._whole.add(_as_said(said, call.route == "completions"))
 
     def events(self, events: bytes) -> bytes:
         """Complete events as they came, and what of them the client shall see."""
@@ -99,7 +133,7 @@ class Edit:
             return event
         if not isinstance(document, dict):
             return event
-        return self._chunk(event, document) if self._is_text else self._step(event, document)
+        return self._chunk(event, document) if self.is_text else self._step(event, document)
 
     def _chunk(self, event: bytes, document: dict[str, Any]) -> bytes:
         """One event of chat or completions."""
@@ -109,6 +143,11 @@ class Edit:
         document.pop("usage", None)
         if usage is not None:
             self._count(usage)
+        if self._said is not None:
+            _go_on(document, self._said, is_completion=self._call.route == "completions")
+        if self._heard and self._unsay(document):
+            return b""
+        self.has_begun = self.has_begun or _says(document)
         if self._whole is not None:
             self._whole.add(document)
             return b""
@@ -122,20 +161,43 @@ class Edit:
         edited = self._call.tools.event(document) if self._call.tools else [document]
         return b"".join([_as_event(each) for each in edited])
 
+    def _unsay(self, document: dict[str, Any]) -> bool:
+        """Take what the client has out of a chunk; whether nothing is left of it."""
+        for choice in document.get("choices") or ():
+            part = choice.get("delta", choice)
+            name = "text" if "text" in part else "content"
+            text = part.get(name)
+            if text:
+                size = min(len(text), len(self._heard))
+                if text[:size] != self._heard[:size]:
+                    raise FramingError("it says another first token than the one it was to repeat")
+                self._heard, part[name] = self._heard[size:], text[size:]
+                return not part[name] and choice.get("finish_reason") is None
+        return False
+
     def _last_of_plain(
         self, event: bytes, document: dict[str, Any], usage: dict[str, Any]
     ) -> bytes:
         """The event with usage, of a stream whose other events pass unread (the end's too)."""
         self._count(usage)
+        usage = self._usage or usage
         if self._call.wants_each_usage:
             return event
         if not document.get("choices"):  # as OpenAI says it
-            return event if self._call.wants_usage else b""
+            return self._usage_event(document, usage) if self._call.wants_usage else b""
         del document["usage"]
         said = _as_event(document)
         if self._call.wants_usage:
-            said += _as_event({**document, "choices": [], "usage": usage})
+            said += self._usage_event(document, usage)
         return said
+
+    def _usage_event(self, document: Mapping[str, Any], usage: dict[str, Any]) -> bytes:
+        """The event that tells the usage, with what the gateway knows besides."""
+        told = {**document, "choices": [], "usage": usage}
+        if self._receipt is not None and self.usage is not None:
+            tier, more = self._receipt(self.usage)
+            told |= {"service_tier": tier, "usage": {**usage, **more}}
+        return _as_event(told)
 
     def _step(self, event: bytes, document: dict[str, Any]) -> bytes:
         """One event of /v1/responses; the last carries the whole response."""
@@ -155,6 +217,19 @@ class Edit:
             said = msgspec.convert(usage, Usage)
         except msgspec.ValidationError:
             return  # the client may make something of it
+        if self._said is not None:  # it read what was said, and said the rest
+            said.prompt_tokens = max(said.prompt_tokens - self._said.tokens, 0)
+            said.completion_tokens += self._said.tokens
+            usage = {
+                **usage,
+                "prompt_tokens": said.prompt_tokens,
+                "completion_tokens": said.completion_tokens,
+            }
+        if self._cached_tokens is not None:
+            said.prompt_tokens_details = _Details(self._cached_tokens)
+            usage = {**usage, "prompt_tokens_details": {"cached_tokens": self._cached_tokens}}
+        if self._is_too_much(said):
+            usage = {**usage, **_at_most(said, self._call.max_tokens or 0)}
         if self._call.sum_usage:
             self._read += said.prompt_tokens
             self._wrote += said.completion_tokens
@@ -173,17 +248,27 @@ class Edit:
         """The usage event of a stream whose own was held back."""
         if not self._last or not self._call.wants_usage or self._whole or self._usage is None:
             return b""
-        return _as_event({**self._last, "choices": [], "usage": self._usage})
+        return self._usage_event(self._last, self._usage)
 
     def whole(self, body: bytes) -> bytes:
         """A whole answer of the engine's, changed where the call needs it."""
-        self.usage = usage_of(body)
+        self.usage = said = usage_of(body)
+        if said is not None and self._is_too_much(said):
+            document = msgspec.json.decode(body)
+            document["usage"] |= _at_most(said, self._call.max_tokens or 0)
+            return self._edited(document)
         return body if self.plain else self._edited(msgspec.json.decode(body))
+
+    def _is_too_much(self, said: Usage) -> bool:
+        """Whether an engine says to have made more than it was let: nobody pays for that."""
+        most = self._call.max_tokens
+        several = self._call.width > 1 or self._call.choices > 1 or self._call.several_prompts
+        return most is not None and said.completion_tokens > most and not several
 
     def assembled(self) -> bytes:
         """The whole answer made of the events seen."""
         assert self._whole is not None
-        if not self._is_text:
+        if not self.is_text:
             return msgspec.json.encode(self._whole.response)
         document = self._whole.document(self._call.route == "completions")
         return self._edited(document if self._usage is None else {**document, "usage": self._usage})
@@ -194,6 +279,47 @@ class Edit:
         if self._call.chat_logprobs:
             _legacy_logprobs(document, {})
         return msgspec.json.encode(document)
+
+
+def _at_most(said: Usage, most: int) -> dict[str, int]:
+    """Cut a usage to so many tokens written; its fields that change."""
+    said.completion_tokens = most
+    return {"completion_tokens": most, "total_tokens": said.prompt_tokens + most}
+
+
+# From the usage an engine reports to the tier really used, and what usage says besides.
+Receipt = Callable[[Usage], tuple[str, dict[str, Any]]]
+
+
+def _says(document: Mapping[str, Any]) -> bool:
+    """Whether a chunk has a word in it."""
+    for choice in document.get("choices") or ():
+        delta = choice.get("delta") or choice
+        if delta.get("content") or delta.get("text") or delta.get("tool_calls"):
+            return True
+        if delta.get("reasoning_content") or delta.get("reasoning"):
+            return True
+    return False
+
+
+def _go_on(document: dict[str, Any], said: Said, *, is_completion: bool) -> None:
+    """Make a chunk of a second engine one of the stream that a first one began; a chat goes on as
+    a plain prompt where that is in token ids.
+    """
+    document |= {"id": said.id, "model": said.model, "created": said.created}
+    for choice in document.get("choices") or ():
+        if not is_completion and "text" in choice:
+            document["object"] = "chat.completion.chunk"
+            choice["delta"] = {"content": choice.pop("text")}
+        if said.role_sent:
+            (choice.get("delta") or {}).pop("role", None)
+
+
+def _as_said(said: Said, is_completion: bool) -> dict[str, Any]:
+    """What a first engine said, as one chunk."""
+    delta = {"role": "assistant", "content": said.text}
+    choice = {"index": 0, "text": said.text} if is_completion else {"index": 0, "delta": delta}
+    return {"id": said.id, "model": said.model, "created": said.created, "choices": [choice]}
 
 
 class _Assembly:
@@ -257,7 +383,7 @@ def engine_refusal(status: int, body: bytes) -> Problem:
     The engine's 4xx about the request stay; what is between gateway and engine (its keys, its
     missing routes, its failures) is the gateway's own trouble: 502, or 503 where it is busy.
     """
-    message, param, code = _complaint(body)
+    message, param, code = complaint(body)
     code = _CODES.get(code or "", code)
     if status in (400, 404, 413, 422, 429):
         return Problem(status, message, param=param, code=code)
@@ -266,7 +392,8 @@ def engine_refusal(status: int, body: bytes) -> Problem:
     return Problem(502, f"The engine failed ({status}): {message}", code="engine_error")
 
 
-def _complaint(body: bytes) -> tuple[str, str | None, str | None]:
+def complaint(body: bytes) -> tuple[str, str | None, str | None]:
+    """What an engine's error says: its message, the field, a word for programs."""
     try:
         document = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -282,6 +409,18 @@ def _complaint(body: bytes) -> tuple[str, str | None, str | None]:
         param if isinstance(param, str) else None,
         code if isinstance(code, str) else None,
     )
+
+
+def cut_off(said: Said, route: Route) -> bytes:
+    """The event that ends a text which has got as long as it may."""
+    choice: dict[str, Any] = {"index": 0, "finish_reason": "length"}
+    if route == "completions":
+        choice["text"] = ""
+    else:
+        choice["delta"] = {}
+    kind = "text_completion" if route == "completions" else "chat.completion.chunk"
+    told = {"id": said.id, "object": kind, "created": said.created, "model": said.model}
+    return _as_event({**told, "choices": [choice]})
 
 
 def _legacy_logprobs(document: dict[str, Any], lengths: dict[int, int]) -> None:

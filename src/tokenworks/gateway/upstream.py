@@ -8,10 +8,20 @@ import asyncio
 from collections.abc import Callable
 from typing import Final, Protocol, cast
 
+from tokenworks.gateway.flaws import ERROR_WORD
 from tokenworks.gateway.stream import USAGE_KEY
 
-# The end of a server-sent event and of the HTTP chunk that carries it.
-WHOLE_EVENT: Final = b"\n\n\r\n"
+# How the packets of most engines end while all is well: a record that ends with its choices, in a
+# server-sent event, in an HTTP chunk. Errors and records that were cut off end otherwise.
+_TOKEN_END: Final = b"]}\n\n\r\n"
+_OTHER_END: Final = b"}\n\n\r\n"
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether it is whole events with nothing in them but tokens, as far as a glance tells."""
+    return (
+        data.endswith(_TOKEN_END) or (data.endswith(_OTHER_END) and ERROR_WORD not in data)
+    ) and USAGE_KEY not in data
 
 
 class Receiver(Protocol):
@@ -45,8 +55,11 @@ class Upstream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Forward whole events unread; show everything else to the receiver."""
-        if self.forward is not None and data.endswith(WHOLE_EVENT) and USAGE_KEY not in data:
-            self.forward(data)
+        forward = self.forward
+        if forward is not None and (
+            (data.endswith(_TOKEN_END) and USAGE_KEY not in data) or is_plain(data)
+        ):
+            forward(data)
         elif self.receiver is not None:
             self.receiver.received(data)
         else:  # nobody asked: the connection is out of step

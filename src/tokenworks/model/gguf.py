@@ -5,7 +5,7 @@ is specified in the ggml project's documentation (docs/gguf.md).
 """
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 MAGIC: Final = b"GGUF"
@@ -38,9 +38,13 @@ class GgufError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """An array in the metadata. Only its length is kept: vocabularies are large and not needed."""
+    """An array in the metadata: its length, and where its items are; `texts` and `numbers` read
+    them, for vocabularies are large and seldom needed.
+    """
 
     length: int
+    kind: int = field(default=-1, compare=False)
+    at: int = field(default=0, compare=False)
 
 
 Value = int | float | bool | str | Array
@@ -128,6 +132,24 @@ def parse(buffer: bytes | memoryview) -> Gguf:
         return _parse(view)
 
 
+def texts(buffer: bytes | memoryview, array: Array) -> list[str]:
+    """The items of an array of texts in the header at the start of `buffer`."""
+    if array.kind != _STRING:
+        raise GgufError("an array of texts is none")
+    with memoryview(buffer) as view:
+        reader = _Reader(view, array.at)
+        return [reader.text() for _ in range(array.length)]
+
+
+def numbers(buffer: bytes | memoryview, array: Array) -> list[int | float | bool]:
+    """The items of an array of numbers."""
+    if array.kind not in _SCALARS:
+        raise GgufError("an array of numbers is none")
+    with memoryview(buffer) as view:
+        reader = _Reader(view, array.at)
+        return [reader.scalar(_SCALARS[array.kind]) for _ in range(array.length)]
+
+
 def _parse(view: memoryview) -> Gguf:
     if len(view) < 4 or bytes(view[:4]) != MAGIC:
         raise GgufError(f"it starts with {bytes(view[:4])!r}, a GGUF file with {MAGIC!r}")
@@ -206,6 +228,7 @@ class _Reader:
     def _array(self) -> Array:
         kind = int(self.scalar(_U32))
         length = self.count("array length")
+        at = self.at
         if kind == _STRING:
             for _ in range(length):
                 self.skip(self.count("string length"))
@@ -213,7 +236,7 @@ class _Reader:
             self.skip(length * _SCALARS[kind].size)
         else:
             raise GgufError(f"unknown array type {kind} at byte {self.at}")
-        return Array(length)
+        return Array(length, kind, at)
 
     def skip(self, length: int) -> None:
         self.at += length

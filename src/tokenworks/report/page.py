@@ -30,9 +30,9 @@ def page(run: Run) -> str:
     meta = (
         run.variant,
         digits.duration(summary.span_s),
-        _plural(len(summary.replicas), "replica"),
+        _plural(len(summary.replicas), "replica") if pools else "",
         _plural(len(pools), "pool") if len(pools) > 1 else "",
-        _plural(sum(replica.devices for replica in summary.replicas), "device"),
+        _plural(sum(replica.devices for replica in summary.replicas), "device") if pools else "",
         f"seed {run.seed}",
     )
     html = (
@@ -71,7 +71,9 @@ def _headline(run: Run) -> str:
             (
                 "Energy per token",
                 digits.measure(summary.energy_j_per_token, "J"),
-                f"{digits.measure(summary.energy_j, 'J')} in all",
+                "not told"
+                if summary.energy_j_per_token is None
+                else f"{digits.measure(summary.energy_j, 'J')} in all",
             ),
             (
                 "Cost per million tokens",

@@ -69,6 +69,10 @@ class Baseline:
             return []
         match event:
             case Arrived():
+                if not any(spec.model == event.model for spec in self.specs):
+                    return [Reject(event.id, 404, "model_not_served")]
+                if event.without and not self._free(event):  # nobody else shall wait behind it
+                    return [Reject(event.id, 429, "no_room")]
                 self._jobs[event.id] = (event, -1)
                 self._waiting.append(event.id)
                 return [Accept(event.id, None), *self._pump()]
@@ -103,16 +107,27 @@ class Baseline:
     def _pump(self) -> list[Command]:
         commands: list[Command] = []
         while self._waiting:
-            free = [i for i, up in enumerate(self._is_up) if up and self._load[i] < self._most]
+            arrived, _ = self._jobs[self._waiting[0]]
+            free = self._free(arrived)
             if not free:
                 break
             ident = self._waiting.popleft()
-            arrived, _ = self._jobs[ident]
             replica = self._choose(arrived, free)
             self._jobs[ident] = (arrived, replica)
             self._load[replica] += 1
             commands.append(Dispatch(ident, replica, 0))
         return commands
+
+    def _free(self, arrived: Arrived) -> list[int]:
+        """Replicas that could take it now."""
+        return [
+            i
+            for i, up in enumerate(self._is_up)
+            if up
+            and self._load[i] < self._most
+            and self.specs[i].model == arrived.model
+            and i not in arrived.without
+        ]
 
     def _next_in_turn(self, arrived: Arrived, free: list[int]) -> int:
         del arrived
@@ -133,8 +148,7 @@ class Baseline:
         if not arrived.prefix:
             return self._least(arrived, free)
         if self._prefixes is None:
-            size = arrived.prefix_block_tokens
-            self._prefixes = PrefixIndex([spec.kv_tokens // size for spec in self.specs])
+            self._prefixes = PrefixIndex()
         hits = self._prefixes.hits(arrived.prefix)
         most = _IMBALANCE * (sum(self._load) / len(self._load) + 1)
         good = [i for i in free if hits.get(i) and self._load[i] <= most]
@@ -143,5 +157,6 @@ class Baseline:
             if good
             else self._least(arrived, free)
         )
-        self._prefixes.sent(chosen, arrived.prefix)
+        blocks = self.specs[chosen].kv_tokens // arrived.prefix_block_tokens
+        self._prefixes.sent(chosen, arrived.prefix, blocks)
         return chosen

@@ -6,9 +6,9 @@ from typing import Final, Literal, get_args
 import msgspec
 
 from tokenworks.errors import UserError
-from tokenworks.sched.messages import ServiceClass
 from tokenworks.units import NS_PER_S
 
+ServiceClass = Literal["realtime", "standard", "flex", "batch"]
 CLASSES: Final[tuple[ServiceClass, ...]] = get_args(ServiceClass)
 Router = Literal[
     "energy", "latency", "cost",
@@ -52,6 +52,11 @@ DEFAULT_CLASSES: Final[Mapping[str, ClassRules]] = {
     "flex": ClassRules(),
     "batch": ClassRules(wait_s=86400),
 }
+
+
+def with_defaults(classes: Mapping[str, ClassRules]) -> Mapping[str, ClassRules]:
+    """All classes: those that are given, and the others as they are by default."""
+    return {**DEFAULT_CLASSES, **classes}
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

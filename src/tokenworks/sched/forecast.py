@@ -44,6 +44,7 @@ class Forecast:
         self.alone = lru_cache(maxsize=4096)(self._alone_between)
         self._grid = [self._read_alone(tokens) for tokens in _GRID]
         self.peak_w = self._peak_w()
+        self.lone_ns = self.step_ns(1, 1000.0)
 
     def _peak_w(self) -> float:
         """The most it draws: with all seats taken, or reading as much as a step takes."""

@@ -7,8 +7,7 @@ What nobody has asked for lately is not kept free.
 from collections.abc import Mapping
 from typing import Final
 
-from tokenworks.sched.config import CLASSES, ClassRules, Policy
-from tokenworks.sched.messages import ServiceClass
+from tokenworks.sched.config import CLASSES, ClassRules, Policy, ServiceClass
 from tokenworks.sched.replica import Replica
 from tokenworks.units import NS_PER_S
 
@@ -18,8 +17,15 @@ _LATELY_NS: Final = 60 * NS_PER_S
 class Guard:
     """The bounds of classes that came lately, seen from those below them."""
 
-    def __init__(self, classes: Mapping[ServiceClass, ClassRules], policy: Policy) -> None:
-        self._seen_ns = dict.fromkeys(CLASSES, -_LATELY_NS)
+    def __init__(
+        self,
+        classes: Mapping[ServiceClass, ClassRules],
+        policy: Policy,
+        before: "Guard | None" = None,
+    ) -> None:
+        self._seen_ns: dict[ServiceClass, int] = dict.fromkeys(CLASSES, -_LATELY_NS)
+        if before is not None:
+            self._seen_ns = before._seen_ns
         # For each class those above it: a name, and what its bounds leave to the class.
         self._above: dict[ServiceClass, list[tuple[ServiceClass, float | None, float | None]]] = {}
         for rank, name in enumerate(CLASSES):

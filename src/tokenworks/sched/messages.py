@@ -4,11 +4,14 @@ Times are nanoseconds; a request is known by its number. Every event happens at 
 handed over with.
 """
 
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 
-ServiceClass = Literal["realtime", "standard", "flex", "batch"]
+from tokenworks.sched import config
+from tokenworks.sched.config import Rules
+
+ServiceClass = config.ServiceClass
 
 
 class Promise(msgspec.Struct, frozen=True, gc=False):
@@ -29,6 +32,8 @@ class Promise(msgspec.Struct, frozen=True, gc=False):
 class Arrived(msgspec.Struct, frozen=True, tag=True, gc=False):
     """A request. `max_tokens`: the longest answer its caller takes, if he says so. Bounds of its
     own go before its class's. `prefix`: chained hashes of the prompt's leading full blocks.
+    `model`: the one it asks for; only replicas of that very name serve it. `without`: replicas that
+    it shall not go to, as the one that a hedge is for.
     """
 
     id: int
@@ -41,6 +46,8 @@ class Arrived(msgspec.Struct, frozen=True, tag=True, gc=False):
     ttft_bound_ns: int | None = None
     tpot_bound_ns: int | None = None
     deadline_ns: int | None = None
+    model: str = ""
+    without: tuple[int, ...] = ()
 
 
 class FirstToken(msgspec.Struct, frozen=True, tag=True, gc=False):
@@ -104,6 +111,37 @@ class ReplicaDown(msgspec.Struct, frozen=True, tag=True, gc=False):
     replica: int
 
 
+class Drain(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """A replica shall go: it is given nothing any more; when it is empty it is told to stop, and is
+    off until it says that it is up.
+    """
+
+    replica: int
+
+
+class KvSent(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """A request's cache is at `target`, which goes on writing; `source` has nothing of it left."""
+
+    id: int
+    source: int
+    target: int
+
+
+class KvFailed(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """A request's cache got lost on its way: it is on neither replica; `done_tokens` were said."""
+
+    id: int
+    source: int
+    target: int
+    done_tokens: int = 0
+
+
+class RulesChanged(msgspec.Struct, frozen=True, tag=True):
+    """How the fleet is run from now on. They must have passed `Rules.check`. What runs, runs on."""
+
+    rules: Rules
+
+
 class PowerCapChanged(msgspec.Struct, frozen=True, tag=True, gc=False):
     """What the fleet may draw from now on; None: as much as it likes."""
 
@@ -119,7 +157,7 @@ class PriceChanged(msgspec.Struct, frozen=True, tag=True, gc=False):
 
 Event: TypeAlias = (
     Arrived | FirstToken | Finished | Stopped | Refused | Cancelled | Progress | ReplicaUp
-    | ReplicaDown | PowerCapChanged | PriceChanged
+    | ReplicaDown | Drain | KvSent | KvFailed | RulesChanged | PowerCapChanged | PriceChanged
 )  # fmt: skip
 
 
@@ -143,18 +181,34 @@ class Reject(msgspec.Struct, frozen=True, tag=True, gc=False):
 
 
 class Dispatch(msgspec.Struct, frozen=True, tag=True, gc=False):
-    """Give it to a replica (lower `priority` goes first); it goes on from the tokens it has."""
+    """Give it to a replica (lower `priority` goes first); it goes on from the tokens it has.
+    `prefill_only`: it says one token there and keeps the cache, which `SendKv` or `Abort` follows.
+    It should take `read_j` joules, and `token_j` for each token.
+    """
 
     id: int
     replica: int
     priority: int
+    prefill_only: bool = False
+    read_j: float = 0.0
+    token_j: float = 0.0
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True, gc=False):
-    """Take it off its replica; answered by `Stopped`."""
+    """Take it off its replica (and off its way to another); answered by `Stopped`."""
 
     id: int
     replica: int
+
+
+class SendKv(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """Move it and its cache to another replica, which goes on writing; answered by `KvSent` or
+    `KvFailed`, or not at all if it ended before.
+    """
+
+    id: int
+    source: int
+    target: int
 
 
 class Start(msgspec.Struct, frozen=True, tag=True, gc=False):
@@ -164,7 +218,7 @@ class Start(msgspec.Struct, frozen=True, tag=True, gc=False):
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True, gc=False):
-    """Turn an empty replica off."""
+    """Turn a replica off that is empty, or whose last work was told to stop before."""
 
     replica: int
 
@@ -175,4 +229,4 @@ class Log(msgspec.Struct, frozen=True, tag=True, gc=False):
     text: str
 
 
-Command: TypeAlias = Accept | Reject | Dispatch | Abort | Start | Stop | Log
+Command: TypeAlias = Accept | Reject | Dispatch | Abort | SendKv | Start | Stop | Log

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from tokenworks.sched.config import CLASSES
-from tokenworks.sched.messages import ServiceClass
+from tokenworks.sched.config import CLASSES, ServiceClass
 from tokenworks.sched.replica import Replica
 
 
@@ -11,26 +10,29 @@ class Power:
     """`cap_w` None: no cap. A replica with work has its peak set aside, one without its idling."""
 
     def __init__(self, replicas: Sequence[Replica], cap_w: float | None) -> None:
-        self._replicas = replicas
+        self.replicas = replicas
         self.cap_w = cap_w
 
     @property
     def reserved_w(self) -> float:
         """What the fleet may draw at worst, as things stand."""
-        return sum(map(self._reserved, self._replicas))
+        return sum(map(self._reserved, self.replicas))
 
     def _reserved(self, replica: Replica) -> float:
-        if replica.state == "off":
+        if replica.state in ("off", "gone"):
             return 0.0
         idle_w = replica.spec.idle_w
         return max(replica.forecast.peak_w, idle_w) if replica.jobs else idle_w
 
-    def allows(self, replica: Replica) -> bool:
-        """Whether a request more may go there."""
-        if self.cap_w is None or replica.jobs:
+    def allows(self, replica: Replica, other: Replica | None = None) -> bool:
+        """Whether a request more may go there, and on to another."""
+        if self.cap_w is None:
             return True
-        more = replica.forecast.peak_w - replica.spec.idle_w
-        return self.reserved_w + max(more, 0.0) <= self.cap_w
+        idle = [each for each in (replica, other) if each is not None and not each.jobs]
+        if not idle:
+            return True
+        more = sum(max(each.forecast.peak_w - each.spec.idle_w, 0.0) for each in idle)
+        return self.reserved_w + more <= self.cap_w
 
     def allows_on(self, replica: Replica) -> bool:
         """Whether a replica that is off may be turned on."""
@@ -40,7 +42,7 @@ class Power:
         """Whose work must stop: one after the other, the least urgent first, until the cap holds.
         What is real-time goes on.
         """
-        for replica in sorted(self._replicas, key=_worth):
+        for replica in sorted(self.replicas, key=_worth):
             if not self.is_over:
                 return
             if replica.jobs and _most_urgent(replica) != "realtime":

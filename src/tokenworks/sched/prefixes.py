@@ -4,10 +4,9 @@
 class PrefixIndex:
     """For each block's hash, the replicas that have it, as bits; each replica's oldest go first."""
 
-    def __init__(self, capacities: list[int]) -> None:
-        self._capacities = capacities  # blocks of prompts that a replica's cache holds
+    def __init__(self) -> None:
         self._bits: dict[int, int] = {}
-        self._held: list[dict[int, None]] = [{} for _ in capacities]
+        self._held: dict[int, dict[int, None]] = {}
 
     def hits(self, prefix: tuple[int, ...]) -> dict[int, int]:
         """How many leading blocks each replica has; those with none are left out."""
@@ -26,21 +25,21 @@ class PrefixIndex:
             _note(found, before, depth + 1)
         return found
 
-    def sent(self, replica: int, prefix: tuple[int, ...]) -> None:
-        """A prompt was sent there."""
-        held, bit = self._held[replica], 1 << replica
+    def sent(self, replica: int, prefix: tuple[int, ...], most: int) -> None:
+        """A prompt was sent there; its cache holds `most` blocks."""
+        held, bit = self._held.setdefault(replica, {}), 1 << replica
         for unit in prefix:
             if unit in held:
                 del held[unit]
             else:
                 self._bits[unit] = self._bits.get(unit, 0) | bit
             held[unit] = None
-        while len(held) > self._capacities[replica]:
+        while len(held) > most:
             self._drop(replica, next(iter(held)))
 
     def lost(self, replica: int) -> None:
         """Its cache is gone."""
-        for unit in list(self._held[replica]):
+        for unit in list(self._held.get(replica, ())):
             self._drop(replica, unit)
 
     def _drop(self, replica: int, unit: int) -> None:

@@ -32,14 +32,17 @@ class Calibrator:
     """Turns forecasts into promises at one confidence, for one kind of time of one pool."""
 
     def __init__(self, confidence: float) -> None:
-        # "At least as often as it says": what is learned too late costs a little.
-        self.target = confidence + _CARE * (1.0 - confidence)
+        self.aim(confidence)
         self._correction = 0.0
         self._late = 0.0  # promises made before the verdict on one, on average
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []
         self._known = _PRIOR
         self.factor = exp(_PRIOR)  # what to multiply a forecast by
+
+    def aim(self, confidence: float) -> None:
+        """At least as often as this: what is learned too late costs a little."""
+        self.target = confidence + _CARE * (1.0 - confidence)
 
     @property
     def count(self) -> int:
@@ -56,12 +59,15 @@ class Calibrator:
 
     def learn(self, forecast_ns: float, promised_ns: float, actual_ns: float, since: int) -> None:
         """What became of a promise; `since` were made after it."""
-        broken = actual_ns > promised_ns
+        score = log(max(actual_ns, 1.0) / max(forecast_ns, 1.0))
+        self.score(score, since, broken=actual_ns > promised_ns)
+
+    def score(self, score: float, since: int, *, broken: bool) -> None:
+        """The same, as the logarithm of actual over forecast."""
         self._late += _LEARN * (since - self._late)
         rate = _RATE / (_EASE + self._late)
         moved = self._correction + rate * (float(broken) - (1.0 - self.target))
         self._correction = min(max(moved, -_MOST), _MOST)
-        score = log(max(actual_ns, 1.0) / max(forecast_ns, 1.0))
         self._recent.append(score)
         insort(self._sorted, score)
         if len(self._recent) > _WINDOW:
@@ -92,6 +98,11 @@ class Conditional:
         own = self._each[condition]
         return own.factor if own.count >= _ENOUGH else self._all.factor
 
+    def aim(self, confidence: float) -> None:
+        """All of them."""
+        for each in (self._all, *self._each):
+            each.aim(confidence)
+
     @property
     def overall(self) -> float:
         """The factor under no condition."""
@@ -106,8 +117,10 @@ class Conditional:
         self, condition: int, forecast_ns: float, promised_ns: float, actual_ns: float, since: int
     ) -> None:
         """What became of a promise made under a condition."""
-        self._all.learn(forecast_ns, promised_ns, actual_ns, since)
-        self._each[condition].learn(forecast_ns, promised_ns, actual_ns, since)
+        score = log(max(actual_ns, 1.0) / max(forecast_ns, 1.0))
+        broken = actual_ns > promised_ns
+        self._all.score(score, since, broken=broken)
+        self._each[condition].score(score, since, broken=broken)
 
 
 class Drift:
@@ -124,12 +137,20 @@ class Drift:
         self._seen += 1
         score = log(max(actual_ns, 1.0) / max(prior_ns, 1.0))
         self._mean += max(_LEARN, 1 / self._seen) * (score - self._mean)
-        self.factor = exp(self._mean)
-        self.about = round(self._mean / _COARSE)
+        self._know()
+
+    def shift(self, told: float) -> None:
+        """The prior itself says so much now (a logarithm)."""
+        if self._seen:
+            self._mean -= told
+            self._know()
 
     def relax(self) -> None:
         """What was learned may be over: a little of it is forgotten."""
         self._mean *= _RELAX
+        self._know()
+
+    def _know(self) -> None:
         self.factor = exp(self._mean)
         self.about = round(self._mean / _COARSE)
 

@@ -1,11 +1,14 @@
 """A replica as the scheduler knows it: what it was given, and how it probably stands."""
 
-from collections import Counter
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from math import exp
 from typing import Any, Final, Literal
 
+from tokenworks.sched.forecast import Forecast
 from tokenworks.sched.job import Job
+from tokenworks.sched.learned import Learned
 from tokenworks.sched.promise import Drift
 from tokenworks.sched.spec import Spec
 
@@ -16,32 +19,50 @@ _LEAST_LEFT: Final = 0.1  # of the time, for tokens, however much is read
 _STAYS: Final = 1 - exp(-1)
 _DRIFTS: Final = 1 - _STAYS
 _BOOKS: Final = (
-    "context_tokens", "heard_ns", "kv_tokens", "read_until_ns", "tightest_ns", "_read_share",
-    "_share_ns", "_step_j", "_step_ns", "_usual", "_usual_ns", "_writing",
+    "context_tokens", "heard_ns", "kv_tokens", "read_until_ns", "realtime", "spare", "tightest_ns",
+    "_read_share", "_share_ns", "_step_j", "_step_ns", "_sums", "_sums_ns", "_usual", "_usual_ns",
+    "_writing",
 )  # fmt: skip
-State = Literal["off", "starting", "up", "trial", "down", "draining"]
+# "draining": it may be needed again; "leaving": an operator wants it gone, and then it is "gone".
+_COPIED: Final = ("jobs", "incoming", "reading", "_bounds")
+State = Literal["off", "starting", "up", "trial", "down", "draining", "leaving", "gone"]
 
 
 class Replica:
     """Estimates of one replica's state, moved on by what the scheduler does and hears."""
 
-    def __init__(self, index: int, spec: Spec) -> None:
-        self.index, self.spec, self.forecast = index, spec, spec.forecast
+    def __init__(self, index: int, spec: Spec, learned: Learned | None = None) -> None:
+        self.index, self.spec = index, spec
+        self.learned = learned
+        self.forecast: Forecast | Learned
+        if learned is not None:
+            self.forecast = learned
+        else:
+            assert isinstance(spec.forecast, Forecast), "what is assumed must be learned"
+            self.forecast = spec.forecast
+        self.bit = 0  # of its pool
+        self._is_reader = spec.role == "prefill"
         self.state: State = "up" if spec.is_on else "off"
         self.usd_per_s = spec.usd_per_s
         self.trial = 0  # the most jobs while it is let back in; 0: as many as there are seats
         self.heard_ns = self.retry_ns = 0
         self.ttft_drift, self.tpot_drift = Drift(), Drift()
-        # Of one that is there alone, per token.
-        self.lone_ns = self.forecast.step_ns(1, 1000.0) / spec.tokens_per_step
+        self.transfer_drift = Drift()
+        self.has_read_ns = 0.0  # prompts, since ever, as forecast
+        if learned is not None:
+            learned.drifts.append((self.ttft_drift, self.tpot_drift))
         self.forget()
 
     def forget(self) -> None:
         """It starts from nothing."""
         self.jobs: dict[int, Job] = {}
+        self.incoming: set[int] = set()  # of them, those whose cache isn't here yet
+        self.realtime = self.spare = 0  # of them, those of that class; flex and batch
+        self._sums = (0.0, 0.0, 0.0)  # see `so_far`
+        self._sums_ns = 0
         self.context_tokens = 0.0
         self.kv_tokens = 0
-        self._bounds: Counter[int] = Counter()  # times per token asked for
+        self._bounds: dict[int, int] = {}  # times per token asked for
         self.tightest_ns: int | None = None  # of them
         self.reading: dict[int, float] = {}  # nanoseconds each prompt will probably take
         self.read_until_ns = 0.0
@@ -54,29 +75,59 @@ class Replica:
     # Whether
 
     @property
+    def is_there(self) -> bool:
+        """Whether it may be given something, now or when there is room."""
+        return self.state == "up" or self.state == "trial"  # noqa: PLR1714 - said for each offer
+
+    @property
     def is_open(self) -> bool:
         """Whether it may be given anything."""
-        return self.state in ("up", "trial") and (not self.trial or len(self.jobs) < self.trial)
+        return self.is_there and (not self.trial or len(self.jobs) < self.trial)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything is to be heard of it."""
+        return len(self.jobs) > len(self.incoming)
+
+    @property
+    def lone_ns(self) -> float:
+        """Per token, of one that is there alone."""
+        return self.forecast.lone_ns / self.spec.tokens_per_step
 
     def has_room(self, job: Job) -> bool:
         """A seat, and cache for the request as long as it is expected to get."""
-        spec, jobs = self.spec, self.jobs
-        if len(jobs) >= spec.seats or not self.is_open or not self.can_hold(job):
+        return self.can_hold(job) and self.has_seat(job)
+
+    def has_seat(self, job: Job) -> bool:
+        """The same, of a replica that could hold it."""
+        spec, jobs, trial = self.spec, self.jobs, self.trial
+        if len(jobs) >= spec.seats or not self.is_there or (trial and len(jobs) >= trial):
             return False
-        return self.kv_tokens + job.need_tokens <= spec.kv_tokens or not jobs
+        if job.is_spare and spec.is_exclusive and self.realtime:
+            return False
+        return self.kv_tokens + self.needs(job) <= spec.kv_tokens or not jobs
+
+    def needs(self, job: Job) -> int:
+        """Tokens that it takes of the cache, in the end."""
+        return job.read_tokens if self._is_reader else job.need_tokens
 
     def can_hold(self, job: Job) -> bool:
         """Whether it could serve the request at all, as far as anyone knows."""
         spec = self.spec
-        return job.read_tokens < spec.context_tokens and spec.pool not in job.avoided
+        return (
+            spec.model == job.arrived.model
+            and self.index not in job.arrived.without
+            and job.read_tokens < spec.context_tokens
+            and spec.pool not in job.avoided
+        )
 
     def could_read(self, job: Job, bound_ns: int) -> bool:
         """Whether the prompt could be read in time if nobody else were there."""
-        return self.can_hold(job) and self.forecast.alone(job.read_tokens)[0] <= bound_ns
+        return self.forecast.alone(job.read_tokens)[0] <= bound_ns
 
     def saved(self) -> Mapping[str, Any]:
         """All that is known of it now, for `put_back`."""
-        copies = {name: getattr(self, name).copy() for name in ("jobs", "reading", "_bounds")}
+        copies = {name: getattr(self, name).copy() for name in _COPIED}
         return {**{name: getattr(self, name) for name in _BOOKS}, **copies}
 
     def put_back(self, saved: Mapping[str, Any]) -> None:
@@ -131,9 +182,13 @@ class Replica:
 
     def joules(self, job: Job, tokens: int) -> tuple[float, float]:
         """More than without it: for reading so many tokens, and for each one said."""
+        return self.forecast.alone(tokens)[1], self.more_j(job)
+
+    def more_j(self, job: Job) -> float:
+        """Joules more than without it, for each token said."""
         context = self.context_tokens + job.context
         more = self.forecast.energy_j(len(self.jobs) + 1, context) - self._step_j
-        return self.forecast.alone(tokens)[1], max(more, 0.0) / self.spec.tokens_per_step
+        return max(more, 0.0) / self.spec.tokens_per_step
 
     def shared_j(self, job: Job) -> float:
         """For each token said, its share of what the replica would take with it. What it takes more
@@ -142,6 +197,25 @@ class Replica:
         count = len(self.jobs) + 1
         each = self.forecast.energy_j(count, self.context_tokens + job.context) / count
         return each / self.spec.tokens_per_step
+
+    def transfer_ns(self, source: Replica, tokens: float) -> float:
+        """For a cache of so many tokens to come here from another."""
+        each = max(self.spec.transfer_ns_per_token, source.spec.transfer_ns_per_token)
+        return each * tokens * self.transfer_drift.factor
+
+    def so_far(self, now_ns: int) -> tuple[float, float, float, float]:
+        """Since ever, times nanoseconds: sequences that wrote, tokens of context; tokens of
+        prompts that were read; and now.
+        """
+        writing, context, read = self._sums
+        past_ns = now_ns - self._sums_ns
+        self._sums = (
+            writing + self._writing * past_ns,
+            context + self.context_tokens * past_ns,
+            read,
+        )
+        self._sums_ns = now_ns
+        return (*self._sums, float(now_ns))
 
     # What happens
 
@@ -153,25 +227,68 @@ class Replica:
         self.reading[job.arrived.id] = read_ns
         extra_ns = read_ns - self._step_ns
         self._read_share = self.read_share(now_ns) + max(extra_ns, 0.0) / _MEMORY_NS
-        if not self.jobs:
+        if not self.is_busy:
             self.heard_ns = now_ns
+        self._book(job, now_ns)
+
+    def expect(self, job: Job, now_ns: int) -> None:
+        """A request's cache will come: its seat is kept."""
+        self.usual(now_ns)
+        self.incoming.add(job.arrived.id)
+        self._book(job, now_ns)
+
+    def landed(self, job: Job, now_ns: int) -> None:
+        """A request's cache is here."""
+        if not self.is_busy:
+            self.heard_ns = now_ns
+        if job.arrived.id not in self.jobs:  # it was given up meanwhile
+            self.expect(job, now_ns)
+        self.incoming.discard(job.arrived.id)
+
+    def _book(self, job: Job, now_ns: int) -> None:
+        if self.learned is not None:
+            self.so_far(now_ns)
         self.jobs[job.arrived.id] = job
-        if job.tpot_bound_ns is not None:
-            self._bounds[job.tpot_bound_ns] += 1
-            self.tightest_ns = min(self._bounds)
+        bound_ns = job.tpot_bound_ns
+        if bound_ns is not None and not self._is_reader:
+            self._bounds[bound_ns] = self._bounds.get(bound_ns, 0) + 1
+            if self.tightest_ns is None or bound_ns < self.tightest_ns:
+                self.tightest_ns = bound_ns
+        self.realtime += job.is_realtime
+        self.spare += job.is_spare
         self.context_tokens += job.context
-        self.kv_tokens += job.need_tokens
+        self.kv_tokens += self.needs(job)
         self._stands()
 
     def read(self, job: Job, now_ns: int) -> None:
         """It has read the request's prompt."""
-        if self.reading.pop(job.arrived.id, None) is not None:
+        took_ns = self.reading.pop(job.arrived.id, None)
+        if took_ns is not None:
+            self.has_read_ns += took_ns
+            if self.learned is not None:
+                writing, context, read, _ = self.so_far(now_ns)
+                self._sums = (writing, context, read + job.read_tokens)
             self._expect(now_ns)
             self._stands()
 
+    def clear(self, gone: Sequence[Job], now_ns: int) -> None:
+        """These go, and their like will not follow while there is somebody to make room for: what
+        is usual here and what is read get less by their share. The step that may be reading their
+        prompts goes on to its end.
+        """
+        before, left_ns = len(self.jobs), self.reading_ns(now_ns)
+        for job in gone:
+            self.remove(job, now_ns)
+        if self.forecast.pass_ns is None and left_ns > 0:
+            step_ns = self.forecast.alone(self.forecast.step_tokens)[0] * self.ttft_drift.factor
+            self.read_until_ns = max(self.read_until_ns, now_ns + min(left_ns, step_ns))
+        left = len(self.jobs) / max(before, 1)
+        self._usual = self.usual(now_ns) * left
+        self._read_share = self.read_share(now_ns) * left
+
     def _stands(self) -> None:
         """Work out the step that it is in: time without prompts; joules once all are read."""
-        self._writing = len(self.jobs) - len(self.reading)
+        self._writing = 0 if self._is_reader else len(self.jobs) - len(self.reading)
         self._step_ns = self.forecast.step_ns(self._writing, self.context_tokens)
         self._step_j = self.forecast.energy_j(len(self.jobs), self.context_tokens)
 
@@ -183,15 +300,21 @@ class Replica:
         """The request is gone from it."""
         ident = job.arrived.id
         self.usual(now_ns)
+        if self.learned is not None:
+            self.so_far(now_ns)
         if self.jobs.pop(ident, None) is None:
             return
+        self.incoming.discard(ident)
         if self.reading.pop(ident, None) is not None:
             self._expect(now_ns)
-        if job.tpot_bound_ns is not None:
-            self._bounds[job.tpot_bound_ns] -= 1
-            if not self._bounds[job.tpot_bound_ns]:
-                del self._bounds[job.tpot_bound_ns]
+        bound_ns = job.tpot_bound_ns
+        if bound_ns is not None and not self._is_reader:
+            self._bounds[bound_ns] -= 1
+            if not self._bounds[bound_ns]:
+                del self._bounds[bound_ns]
                 self.tightest_ns = min(self._bounds, default=None)
-        self.kv_tokens -= job.need_tokens
+        self.realtime -= job.is_realtime
+        self.spare -= job.is_spare
+        self.kv_tokens -= self.needs(job)
         self.context_tokens = self.context_tokens - job.context if self.jobs else 0.0
         self._stands()

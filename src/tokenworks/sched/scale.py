@@ -26,45 +26,65 @@ class Scale:
         power: Power,
         bound_ns: int | None,
     ) -> None:
-        self._pools = {
-            name: [replica for replica in replicas if replica.spec.pool == name] for name in rules
-        }
-        self._rules, self._power, self._bound_ns = rules, power, bound_ns
-        self._calm_ns = dict.fromkeys(rules, 0)  # since when one fewer would do
+        self._replicas, self._power = replicas, power
+        self._calm_ns: dict[str, int] = {}  # since when one fewer would do
         self._ready_ns: dict[int, int] = {}  # when those that are starting will be
+        self.follow(rules, bound_ns)
+
+    def follow(self, rules: Mapping[str, ScaleRules], bound_ns: int | None) -> None:
+        """By these rules from now on, and for the replicas that there are now."""
+        self._rules, self._bound_ns = rules, bound_ns
+        self._pools = {
+            name: [replica for replica in self._replicas if replica.spec.pool == name]
+            for name in rules
+        }
 
     @property
     def is_due(self) -> bool:
         """Whether time alone can change something."""
-        return any(
-            sum(replica.state in ("up", "trial", "draining") for replica in pool)
-            > self._rules[name].least
-            for name, pool in self._pools.items()
-        )
+        return any(self._is_due(pool, self._rules[name]) for name, pool in self._pools.items())
 
-    def ready_ns(self) -> list[int]:
-        """When those that are starting will be ready."""
-        starting = (r for pool in self._pools.values() for r in pool if r.state == "starting")
-        return [self._ready_ns[replica.index] for replica in starting]
+    def _is_due(self, pool: Sequence[Replica], rules: ScaleRules) -> bool:
+        on = sum(replica.state in ("up", "trial", "draining") for replica in pool)
+        if on > rules.least:
+            return True
+        states = {replica.state for replica in pool}
+        return on < rules.least and "off" in states and "starting" not in states
 
-    def decide(self, now_ns: int, *, pressed: bool, wanted: bool) -> Iterator[Command]:
-        """What to turn on or off; `pressed`: somebody waits, or was refused lately; `wanted`:
-        anybody waits, batch work too.
+    def ready_ns(self, mask: int, now_ns: int) -> list[int]:
+        """When more replicas of those pools will be ready: those that are starting, or one that
+        would be started now.
+        """
+        times = []
+        for name, pool in self._pools.items():
+            if pool and pool[0].bit & mask:
+                starting = [replica for replica in pool if replica.state == "starting"]
+                times += [self._ready_ns[replica.index] for replica in starting]
+                if not starting and any(replica.state == "off" for replica in pool):
+                    times.append(now_ns + NS_PER_S + round(self._rules[name].warm_s * NS_PER_S))
+        return times
+
+    def decide(self, now_ns: int, *, pressed: int, wanted: int) -> Iterator[Command]:
+        """What to turn on or off; `pressed`: the pools that somebody waits for, or was refused
+        lately, as bits; `wanted`: those that anybody waits for, batch work too.
         """
         for name, pool in self._pools.items():
             rules = self._rules[name]
+            if not pool:
+                continue
+            bit = pool[0].bit
             for replica in pool:
                 if replica.state == "draining" and not replica.jobs:
                     replica.state, replica.trial = "off", 0
                     yield Stop(replica.index)
             on = [replica for replica in pool if replica.state in ("up", "trial")]
-            missing = len(on) < rules.least or (wanted and not on)
-            full = pressed or missing or (on and self._would_be_full(on, len(on), rules))
-            if full or not self._one_fewer_does(on, rules, wanted=wanted):
+            missing = len(on) < rules.least or (wanted & bit and not on)
+            full = pressed & bit or missing or (on and self._would_be_full(on, len(on), rules))
+            if full or not self._one_fewer_does(on, rules, wanted=bool(wanted & bit)):
                 self._calm_ns[name] = now_ns
             if full:
                 yield from self._more(pool, now_ns + round(rules.warm_s * NS_PER_S))
-            elif len(on) > rules.least and now_ns - self._calm_ns[name] >= (
+            elif len(on) > rules.least and now_ns - self._calm_ns.get(name, 0) >= (
                 rules.idle_s * NS_PER_S
             ):
                 self._calm_ns[name] = now_ns

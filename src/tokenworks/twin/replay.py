@@ -7,6 +7,7 @@ from typing import NamedTuple
 from tokenworks.catalog.book import Catalog
 from tokenworks.cost.answer import placed
 from tokenworks.engine.meter import Timeline
+from tokenworks.metrics.attribution import Split, attribute
 from tokenworks.metrics.gaps import GapTable
 from tokenworks.metrics.outcomes import Outcomes
 from tokenworks.metrics.summary import ReplicaSummary, Summary, summarise
@@ -102,25 +103,32 @@ def summary_of(twin: Twin) -> Summary:
         for group, name in enumerate(CLASSES)
         if name in twin.outcomes.words["service_class"]
     }
-    wasted_nj = sum(
-        sum(meter.unclaimed_nj for meter in unit.engine.meters) + unit.engine.unshared_nj
-        for unit in twin.units
-    )
-    replicas = [
+    told = [
         _replica(unit, hours, twin.now_ns, span_ns)
         for unit, hours in zip(twin.units, twin.hours, strict=True)
     ]
+    wasted_nj = sum(unattributed_nj for _, unattributed_nj in told)
+    replicas = [replica for replica, _ in told]
     return summarise(twin.outcomes, gaps, replicas, span_ns, wasted_nj / NJ_PER_J)
 
 
-def _replica(unit: Unit, hours: Hours, now_ns: int, span_ns: int) -> ReplicaSummary:
+def _split(unit: Unit, on_s: float) -> Split:
+    """What it drew in the run, split between its requests (together), idling and nobody."""
+    meters = unit.engine.meters
+    worked_nj = sum(meter.energy_nj for meter in meters)
+    idle_nj = sum(
+        round(meter.idle_mw * 1e6 * max(on_s - meter.busy_ps / PS_PER_S, 0.0)) for meter in meters
+    )
+    nobodys_nj = sum(meter.unclaimed_nj for meter in meters) + unit.engine.unshared_nj
+    return attribute(worked_nj + idle_nj, idle_nj, (worked_nj - nobodys_nj,), nobodys_nj)
+
+
+def _replica(unit: Unit, hours: Hours, now_ns: int, span_ns: int) -> tuple[ReplicaSummary, int]:
+    """Its summary, and the nanojoules that no request can be charged with."""
     spec, meters = unit.spec, unit.engine.meters
     span_s, on_s = span_ns / NS_PER_S, hours.on_s(0, now_ns, now_ns)
     busy_s = max(meter.busy_ps for meter in meters) / PS_PER_S
-    energy_j = sum(meter.energy_nj for meter in meters) / NJ_PER_J
-    idle_j = sum(
-        meter.idle_mw / 1000 * max(on_s - meter.busy_ps / PS_PER_S, 0.0) for meter in meters
-    )
+    split = _split(unit, on_s)
     slot_s = span_s / _SERIES
     lines = [meter.over_time for meter in meters]
     busy = [max(shares) for shares in zip(*(_series(t, 0, span_s) for t in lines), strict=True)]
@@ -129,15 +137,15 @@ def _replica(unit: Unit, hours: Hours, now_ns: int, span_ns: int) -> ReplicaSumm
         hours.on_s(point * slot_s * NS_PER_S, (point + 1) * slot_s * NS_PER_S, now_ns) / slot_s
         for point in range(_SERIES)
     ]
-    return ReplicaSummary(
+    summary = ReplicaSummary(
         spec.name,
         spec.pool,
         spec.processor,
         unit.devices,
         on_s,
         busy_s,
-        energy_j,
-        idle_j,
+        (sum(split.shares_nj) + split.unattributed_nj) / NJ_PER_J,
+        split.idle_nj / NJ_PER_J,
         hours.usd(now_ns),
         sum(meter.read_tokens for meter in meters),
         sum(meter.made_tokens for meter in meters),
@@ -149,6 +157,7 @@ def _replica(unit: Unit, hours: Hours, now_ns: int, span_ns: int) -> ReplicaSumm
             for nj, worked, share in zip(drawn, busy, on, strict=True)
         ),
     )
+    return summary, split.unattributed_nj
 
 
 def _series(line: Timeline, field: int, span_s: float) -> list[float]:

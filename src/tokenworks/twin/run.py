@@ -1,10 +1,12 @@
 """The event loop in virtual time: one scheduler, its replicas, and what happens to them.
 
 Integer nanoseconds and one heap. What happens at the same time happens in this order: engines,
-faults, power, reports, arrivals, the scheduler's own wake-ups; then by replica. So a run is its
-scenario and its seed, and nothing else. The scheduler is told only what it could know in life.
+caches that arrive, faults, power, reports, arrivals, the scheduler's own wake-ups; then by replica.
+So a run is its scenario and its seed, and nothing else. The scheduler is told only what it could
+know in life.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 from typing import Any, Final, Protocol
@@ -18,29 +20,33 @@ from tokenworks.sched.messages import (
     Arrived,
     Command,
     Dispatch,
+    Drain,
     Event,
     Finished,
     FirstToken,
+    KvFailed,
+    KvSent,
     Log,
     PowerCapChanged,
     PriceChanged,
     Progress,
-    Promise,
     Refused,
     Reject,
     ReplicaDown,
     ReplicaUp,
+    SendKv,
     Start,
     Stop,
     Stopped,
 )  # fmt: skip
 from tokenworks.twin.fleet import Unit
 from tokenworks.twin.hours import Hours
+from tokenworks.twin.open import Open
 from tokenworks.twin.trouble import Trouble
 from tokenworks.units import NS_PER_S
 from tokenworks.workload import Request
 
-_ENGINE, _TROUBLE, _POWER, _PROGRESS, _ARRIVAL, _WAKE = range(6)
+_ENGINE, _CACHE, _TROUBLE, _POWER, _PROGRESS, _ARRIVAL, _WAKE = range(7)
 _PROGRESS_NS: Final = NS_PER_S
 _GROUP: Final[dict[str, int]] = {name: group for group, name in enumerate(CLASSES)}
 _PATIENCE_NS: Final = 3600 * NS_PER_S
@@ -64,23 +70,6 @@ def _bounds_ns(rules: ClassRules | None) -> tuple[int, int]:
     bounds = rules or ClassRules()
     ttft_ns, tpot_ns = bounds.ttft_ns, bounds.tpot_ns
     return NONE if ttft_ns is None else ttft_ns, NONE if tpot_ns is None else tpot_ns
-
-
-class _Open:
-    """A request under way, with what only the twin knows."""
-
-    __slots__ = (
-        "cached", "dispatched_ns", "done", "energy_nj", "first_ns", "moves", "promise", "replica",
-        "request",
-    )  # fmt: skip
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.promise: Promise | None = None
-        self.dispatched_ns = self.first_ns = NONE
-        self.done = self.energy_nj = self.cached = 0
-        self.replica = -1
-        self.moves = -1
 
 
 class Twin:
@@ -107,7 +96,9 @@ class Twin:
         self.now_ns = 0
         self._heap: list[tuple[int, int, int, int, Any]] = []
         self._count = 0
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, Open] = {}
+        self._events: deque[Event | None] = deque()  # that the scheduler was not told yet
+        self._is_telling = False
         self._due: list[int | None] = [None] * len(units)  # the engines' entries in the heap
         self._reports = [False] * len(units)  # whether a report is due
         self._told = [0] * len(units)  # tokens reported
@@ -170,6 +161,8 @@ class Twin:
             if self._wake_ns == at_ns:
                 self._wake_ns = None
                 self._tell(None)
+        elif rank == _CACHE:
+            self._land(what)
         elif rank == _PROGRESS:
             self._report(index)
         elif rank == _POWER:
@@ -184,7 +177,16 @@ class Twin:
     # The scheduler
 
     def _tell(self, event: Event | None) -> None:
-        self._obey(self.scheduler.handle(event, self.now_ns))
+        """All that is said to one event is done before the next is told, as in life."""
+        self._events.append(event)
+        if self._is_telling:
+            return
+        self._is_telling = True
+        try:
+            while self._events:
+                self._obey(self.scheduler.handle(self._events.popleft(), self.now_ns))
+        finally:
+            self._is_telling = False
 
     def _obey(self, commands: list[Command]) -> None:
         for command in commands:
@@ -194,9 +196,13 @@ class Twin:
                 case Accept():
                     self._open[command.id].promise = command.promise
                 case Reject():
-                    self._end(command.id, "rejected", command.reason)
+                    # Who has seen a part of the answer was let in: that is a failure.
+                    seen = self._open[command.id].first_ns != NONE
+                    self._end(command.id, "failed" if seen else "rejected", command.reason)
                 case Abort():
                     self._abort(command)
+                case SendKv():
+                    self._send(command)
                 case Log():
                     self.log.append((self.now_ns, command.text))
                 case Start():
@@ -222,7 +228,7 @@ class Twin:
         self._expect(index)
 
     def _arrive(self, ident: int, request: Request) -> None:
-        self._open[ident] = _Open(request)
+        self._open[ident] = Open(request)
         name: Any = request.service_class
         self._tell(
             Arrived(
@@ -245,11 +251,12 @@ class Twin:
             open_.dispatched_ns = self.now_ns
         open_.replica = index
         open_.moves += 1
+        open_.is_prefill = command.prefill_only
         engine.submit(
             Work(
                 command.id,
                 request.prompt_tokens,
-                request.output_tokens,
+                open_.done + 1 if command.prefill_only else request.output_tokens,
                 _GROUP[request.service_class],
                 command.priority,
                 open_.done,
@@ -258,14 +265,76 @@ class Twin:
             ),
             self.now_ns,
         )
+        self._works(index, notices)
+
+    def _works(self, index: int, notices: list[Notice]) -> None:
+        """A replica was given something."""
         if not self._reports[index]:
             self._reports[index] = True
             self._push(self.now_ns + _PROGRESS_NS, _PROGRESS, index, None)
         self._expect(index)
         self._notice(index, notices)
 
+    def _send(self, command: SendKv) -> None:
+        """Its cache goes on its way; a request that is in mid-answer is stopped for it."""
+        ident, source, target = command.id, command.source, command.target
+        if ident not in self._open:
+            return  # it ended before
+        open_ = self._open[ident]
+        if open_.way is None:
+            engine = self.units[source].engine
+            notices = engine.advance(self.now_ns)
+            lost = engine.abort(ident, self.now_ns)
+            self._expect(source)
+            self._notice(source, notices)
+            if lost is None:
+                return
+            open_.done, open_.said_ns = lost.done_tokens, self.now_ns
+            open_.energy_nj += lost.energy_nj
+        open_.way = (source, target)
+        tokens = open_.request.prompt_tokens + open_.done
+        specs = (self.units[source].spec, self.units[target].spec)
+        each_ns = max(spec.transfer_ns_per_token for spec in specs)
+        self._push(self.now_ns + round(each_ns * tokens), _CACHE, target, (ident, source, target))
+
+    def _land(self, way: tuple[int, int, int]) -> None:
+        """A cache is where it should be, if it is still awaited."""
+        ident, source, target = way
+        open_ = self._open.get(ident)
+        if open_ is None or open_.way != (source, target):
+            return
+        open_.way = None
+        if target in self._crashed or not self.hours[target].is_on:
+            self._tell(KvFailed(ident, source, target, open_.done))
+            return
+        request, engine = open_.request, self.units[target].engine
+        notices = engine.advance(self.now_ns)
+        open_.replica, open_.is_prefill = target, False
+        work = Work(
+            ident, request.prompt_tokens, request.output_tokens, _GROUP[request.service_class],
+            _GROUP[request.service_class], open_.done, is_read=True, since_ns=open_.said_ns,
+        )  # fmt: skip
+        engine.submit(work, self.now_ns)
+        self._tell(KvSent(ident, source, target))
+        self._works(target, notices)
+
+    def _fail(self, ident: int, open_: Open, index: int) -> None:
+        """A cache is lost with one of the replicas that it is on its way between."""
+        if open_.way is not None:
+            source, target = open_.way
+            open_.way = None
+            if source == index:
+                self._tell(Stopped(ident, source, open_.done, lost=True))
+            else:
+                self._tell(KvFailed(ident, source, target, open_.done))
+
     def _abort(self, command: Abort) -> None:
         index = command.replica
+        open_ = self._open.get(command.id)
+        if open_ is not None and open_.way is not None:
+            open_.way = None
+            self._tell(Stopped(command.id, index, open_.done))
+            return
         engine = self.units[index].engine
         notices = engine.advance(self.now_ns)
         lost = engine.abort(command.id, self.now_ns)
@@ -302,7 +371,9 @@ class Twin:
     def _notice(self, index: int, notices: list[Notice]) -> None:
         for notice in notices:
             open_ = self._open[notice.id]
-            if notice.kind == "first":
+            if open_.is_prefill and notice.kind != "refused":
+                self._have_read(notice, open_, index)
+            elif notice.kind == "first":
                 if open_.first_ns == NONE:  # else it went on here from what it had said elsewhere
                     open_.first_ns = notice.at_ns
                 self._tell(FirstToken(notice.id, index))
@@ -314,6 +385,23 @@ class Twin:
                 self._tell(Finished(notice.id, index, open_.done, notice.cached_tokens))
             else:
                 self._tell(Refused(notice.id, index, "too_long_for_the_cache"))
+
+    def _have_read(self, notice: Notice, open_: Open, index: int) -> None:
+        """It has said its first token, and with it the last one here."""
+        if notice.kind == "first":
+            if open_.first_ns == NONE:
+                open_.first_ns = notice.at_ns
+            return
+        open_.energy_nj += notice.energy_nj
+        open_.cached = notice.cached_tokens
+        open_.done += 1
+        if open_.done == open_.request.output_tokens:
+            self._end(notice.id, "finished", "")
+            self._tell(FirstToken(notice.id, index))
+            self._tell(Finished(notice.id, index, open_.done, notice.cached_tokens))
+        else:
+            open_.way, open_.said_ns = (index, index), notice.at_ns
+            self._tell(FirstToken(notice.id, index))
 
     def _report(self, index: int) -> None:
         engine = self.units[index].engine
@@ -366,6 +454,17 @@ class Twin:
             self.hours[change.replica].price(change.usd_per_s, self.now_ns)
             self._tell(PriceChanged(change.replica, change.usd_per_s))
 
+    def _crash(self, index: int) -> None:
+        self._crashed.add(index)
+        lost = self.units[index].engine.crash(self.now_ns)
+        self._expect(index)
+        self._tell(ReplicaDown(index))
+        for each in lost:
+            self._stopped(index, each, is_lost=True)
+        for ident, open_ in list(self._open.items()):
+            if open_.way is not None and index in open_.way:
+                self._fail(ident, open_, index)
+
     def _suffer(self, trouble: Trouble) -> None:
         engine, index = self.units[trouble.replica].engine, trouble.replica
         now_ns = self.now_ns
@@ -375,13 +474,9 @@ class Twin:
         self._notice(index, notices)
         match trouble.kind:
             case "crash":
-                self._crashed.add(index)
-                lost = engine.crash(now_ns)
-                self._expect(index)
-                self._tell(ReplicaDown(index))
-                for each in lost:
-                    self._stopped(index, each, is_lost=True)
-                return
+                self._crash(index)
+            case "drain":
+                self._tell(Drain(index))
             case "hang":
                 engine.pause(now_ns)
             case "wake":

@@ -1,12 +1,13 @@
 """A fleet and how it is run, as a TOML file: checked before anything is built."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 
-from tokenworks.engine.work import Limits
+from tokenworks.cost.measured import Constants
 from tokenworks.errors import UserError
+from tokenworks.fleet.placed import Wish
 from tokenworks.sched.config import (
     DEFAULT_CLASSES,
     ClassRules,
@@ -14,37 +15,54 @@ from tokenworks.sched.config import (
     Rules,
     ScaleRules,
     Tenant,
+    with_defaults,
 )
+from tokenworks.sched.prior import Prior
+from tokenworks.sched.spec import Role
 from tokenworks.workload import Mix, Share
 
 Other = Literal["decode", "ffn", "draft"]
 
 
-class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Interchangeable replicas: `replicas` copies of the model, each on `devices` of `processor`.
-
-    `decode_on`, `ffn_on`, `draft_on`: a second processor that takes a part (`other_devices` of it),
-    as in `tokenworks cost`. What is left out is chosen as there. `scale`: replicas are turned on
-    and off as needed; `replicas` is the most then.
+class Learned(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was learned of a pool's replicas while they worked: what their steps take, what their
+    cache holds, and what they draw at work and idle. `tokenworks calibrate` writes it.
     """
 
-    processor: str
+    constants: Constants
+    kv_tokens: int
+    busy_w: float = 0.0
+    idle_w: float = 0.0
+
+    def check(self, place: str) -> None:
+        """Raise UserError, naming `place`, for what can't be."""
+        try:
+            self.constants.check()
+        except UserError as error:
+            raise UserError(f"{place}.constants: {error.message}", error.remedy) from None
+        for name, least in (("kv_tokens", 1), ("busy_w", 0), ("idle_w", 0)):
+            value = getattr(self, name)
+            if not least <= value < 1e12:
+                raise UserError(f"{place}.{name} is {value:g}", f"It must be at least {least}.")
+
+
+class Pool(Wish, frozen=True, forbid_unknown_fields=True):
+    """Interchangeable replicas: `replicas` copies of the model, each placed as is wished, or as
+    `measured`; then the scheduler takes it for what is wished beforehand, or for `prior`, as in
+    life. `usd_per_h`: of a replica, if it is not the catalogue's.
+
+    `role`: what its replicas do, with others for the rest; `hand_over`: they can pass on a request
+    that they write. `scale`: replicas are turned on and off as needed; `replicas` is the most then.
+    """
+
     name: str = ""
     replicas: int = 1
-    devices: int | None = None
-    tp: int | None = None
-    pp: int = 1
-    dp: int = 1
-    ep: int = 1
-    precision: str | None = None
-    kv: str = "bf16"
-    decode_on: str | None = None
-    ffn_on: str | None = None
-    draft_on: str | None = None
-    other_devices: int | None = None
-    draft_model: str = "llama-3.1-8b"
-    limits: Limits = Limits()
+    role: Role = "both"
+    hand_over: bool = False
     scale: ScaleRules | None = None
+    measured: Learned | None = None
+    prior: Prior | None = None
+    usd_per_h: float | None = None
 
 
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -110,7 +128,8 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def rules(self) -> Rules:
         """What of it is the scheduler's."""
         scale = {pool.name: pool.scale for pool in self.pools if pool.scale is not None}
-        return Rules(self.classes, self.policy, self.tenants, self.power.cap_w, scale)
+        classes = with_defaults(self.classes)
+        return Rules(classes, self.policy, self.tenants, self.power.cap_w, scale)
 
     def replica_names(self) -> list[str]:
         """All replicas' names, in the fleet's order."""
@@ -141,7 +160,8 @@ def check(scenario: Scenario) -> Scenario:
     pools = []
     for index, pool in enumerate(scenario.pools):
         place = f"pools[{index}]"
-        name = pool.name or pool.processor
+        _check_times(pool, place)
+        name = pool.name or pool.processor or "measured"
         if name in names:
             raise UserError(f"{place}.name: there are two pools {name!r}", "Give each its own.")
         names.add(name)
@@ -159,6 +179,7 @@ def check(scenario: Scenario) -> Scenario:
             )
             raise UserError(told, "Raise replicas or lower it.")
         pools.append(msgspec.structs.replace(pool, name=name))
+    _check_roles(pools)
     scenario = msgspec.structs.replace(scenario, pools=tuple(pools))
     scenario.rules.check()
     if scenario.mix:
@@ -175,6 +196,25 @@ def check(scenario: Scenario) -> Scenario:
         told = f"prompt_error_fraction is {scenario.prompt_error_fraction}"
         raise UserError(told, "It must be at least 0 and below 1.")
     return scenario
+
+
+def _check_times(pool: Pool, place: str) -> None:
+    """A pool has a processor, or was measured."""
+    if pool.measured is not None:
+        pool.measured.check(f"{place}.measured")
+    elif not pool.processor:
+        raise UserError(f"{place}.processor is missing", "Name one, or give what was measured.")
+    if pool.prior is not None and (pool.measured is None or pool.processor):
+        raise UserError(f"{place}.prior is for measured pools without a processor", "Leave it out.")
+    if pool.usd_per_h is not None and not 0 <= pool.usd_per_h < 1e12:
+        raise UserError(f"{place}.usd_per_h is {pool.usd_per_h:g}", "It must be 0 or above.")
+
+
+def _check_roles(pools: Sequence[Pool]) -> None:
+    roles = {pool.role for pool in pools}
+    if ("prefill" in roles) != ("decode" in roles):
+        told = "pools: of the roles prefill and decode there is only one"
+        raise UserError(told, "Give a pool of either, or leave `role` out.")
 
 
 def _check_faults(scenario: Scenario) -> None:

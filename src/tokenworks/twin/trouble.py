@@ -14,11 +14,11 @@ from tokenworks.workload import Rng
 
 class Trouble(msgspec.Struct, frozen=True, gc=False):
     """One change at `at_ns`. "wake" ends a hang, "up" a crash, "warm" is the end of warming
-    up; `permille` is a slow-down's.
+    up, "drain" an operator's wish; `permille` is a slow-down's.
     """
 
     at_ns: int
-    kind: Literal["crash", "up", "hang", "wake", "slow", "cap", "price", "warm"]
+    kind: Literal["crash", "up", "hang", "wake", "slow", "cap", "price", "warm", "drain"]
     replica: int
     permille: int = 1000
     cap_w: float | None = None

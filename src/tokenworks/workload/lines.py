@@ -14,6 +14,7 @@ NS_PER_MS: Final = 1_000_000
 VERSION: Final = 1
 _MOONCAKE_BLOCK_TOKENS: Final = 512
 _DYNAMO: Final = "dynamo.request.trace.v1"
+_HEADER: Final = b'{"tokenworks_trace"'
 
 _Line = TypeVar("_Line", bound=msgspec.Struct)
 
@@ -55,7 +56,21 @@ class Header(msgspec.Struct, frozen=True):
 
 
 class Recorded(Request, frozen=True, gc=False, forbid_unknown_fields=True):
-    """A line of our own recordings: a request, and nothing else."""
+    """A line of our own recordings: a request, and what became of it where it was served live.
+
+    `queue_ns`, `ttft_ns`, `total_ns` from its arrival on; -1: not known. `moves`: how often it went
+    on elsewhere, or was asked of a second replica.
+    """
+
+    queue_ns: int = -1
+    ttft_ns: int = -1
+    total_ns: int = -1
+    replica: str = ""
+    energy_j: float = 0.0
+    model: str = ""
+    outcome: str = "finished"
+    cached_tokens: int = 0
+    moves: int = 0
 
 
 _Lines = Iterator[tuple[int, bytes]]
@@ -73,7 +88,8 @@ def read_lines(data: bytes, name: str) -> Trace:
         if version != VERSION:
             place = f"{name}:{at}: tokenworks_trace is {version}"
             raise UserError(place, f"This program reads version {VERSION}.")
-        return _read_recorded(lines, name)
+        is_whole = data.endswith(b"\n")
+        return _read_recorded(list(lines), name, is_whole=is_whole)
     whole = ((at, line) for at, line in enumerate(data.split(b"\n"), 1) if line.strip())
     return _read_mooncake(whole, name) if kind == "mooncake" else _read_dynamo(whole, name)
 
@@ -118,11 +134,35 @@ def _read_dynamo(lines: _Lines, name: str) -> Trace:
     return rows.trace()
 
 
-def _read_recorded(lines: _Lines, name: str) -> Trace:
-    rows = Rows(name, "tokenworks", ("arrival_ns", "prompt_tokens", "output_tokens"))
+def recorded(data: bytes, name: str) -> list[Recorded]:
+    """The lines of a recording with what became of each request, in order of arrival."""
+    lines = ((at, line) for at, line in enumerate(data.split(b"\n"), 1) if line.strip())
+    at, line = next(lines, (1, b""))
+    if _kind(line) != "tokenworks":
+        told = f"{name}:{at} is no recording"
+        raise UserError(told, "Give a file that `tokenworks up --record FILE` wrote.")
+    found = [row for _, row in _recorded(list(lines), name, is_whole=data.endswith(b"\n"))]
+    return sorted(found, key=lambda row: row.arrival_ns)
+
+
+def _recorded(
+    lines: list[tuple[int, bytes]], name: str, *, is_whole: bool
+) -> Iterator[tuple[int, Recorded]]:
+    """Lines as records. More headers tell of changes of the fleet; the last line may be a part of
+    one, where whoever wrote it was killed.
+    """
     decoder = msgspec.json.Decoder(Recorded)
     for at, line in lines:
-        found = _decoded(decoder, line, name, at, rows.kind)
+        if line.startswith(_HEADER):
+            continue
+        if at == lines[-1][0] and not is_whole and not line.rstrip().endswith(b"}"):
+            return
+        yield at, _decoded(decoder, line, name, at, "tokenworks")
+
+
+def _read_recorded(lines: list[tuple[int, bytes]], name: str, *, is_whole: bool) -> Trace:
+    rows = Rows(name, "tokenworks", ("arrival_ns", "prompt_tokens", "output_tokens"))
+    for at, found in _recorded(lines, name, is_whole=is_whole):
         if found.service_class not in SERVICE_CLASSES:
             place = f"{name}:{at}: service_class is {shown(found.service_class)}"
             raise UserError(place, f"Write one of {', '.join(SERVICE_CLASSES)}.")
@@ -136,7 +176,8 @@ def _read_recorded(lines: _Lines, name: str) -> Trace:
             rows.tenants.append(found.tenant)
             if found.prefix:
                 rows.block(at, size)
-    return rows.trace()
+    # They were written as they ended, which is no disorder.
+    return msgspec.structs.replace(rows.trace(), unsorted=0)
 
 
 def write(trace: Trace) -> bytes:

@@ -58,6 +58,10 @@ def _params(launch: Launch) -> "xllamacpp.CommonParams":
     params.n_threads_http = launch.slots + 8
     if launch.is_embedder:
         params.embedding = True
+    if launch.kv_folder:
+        # What is saved there is what was asked and answered.
+        Path(launch.kv_folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+        params.slot_save_path = launch.kv_folder + "/"
     return params
 
 

@@ -31,12 +31,23 @@ class Launch(msgspec.Struct, frozen=True):
     context_tokens: int  # per slot
     prompt_cache_mib: int
     is_embedder: bool
+    kv_folder: str = ""  # where it saves its slots' caches for other engines
 
 
 def plan(
-    path: Path, name: str, header: Gguf, settings: EngineSettings, socket_path: Path
+    path: Path,
+    name: str,
+    header: Gguf,
+    settings: EngineSettings,
+    socket_path: Path,
+    *,
+    sharers: int = 1,
+    kv_folder: str = "",
 ) -> Launch:
-    """Choose what `settings` leave open; UserError where the model can't be run so."""
+    """Choose what `settings` leave open; UserError where the model can't be run so.
+
+    `sharers`: engines that share the machine's memory and processor cores with this one.
+    """
     try:
         trained = header.context_tokens
         kv_bytes = header.kv_bytes_per_token()
@@ -45,7 +56,7 @@ def plan(
     slots = settings.slots or _SLOTS
     context = settings.context_tokens
     if context is None:
-        affordable = int(memory_bytes() * _MEMORY_SHARE) // (slots * kv_bytes)
+        affordable = int(memory_bytes() * _MEMORY_SHARE) // (slots * kv_bytes * sharers)
         # Whole thousands: nobody can remember 7319.
         context = min(trained, _CONTEXT_TOKENS, max(affordable // 1024 * 1024, 512))
     elif context > trained:
@@ -59,10 +70,11 @@ def plan(
         socket_path=str(socket_path),
         parent_pid=os.getpid(),
         slots=slots,
-        threads=settings.threads or spare_threads(),
+        threads=settings.threads or max(spare_threads() // sharers, 1),
         context_tokens=context,
         prompt_cache_mib=settings.prompt_cache_mib,
         is_embedder=header.is_embedder,
+        kv_folder=kv_folder,
     )
 
 

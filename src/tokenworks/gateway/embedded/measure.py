@@ -25,7 +25,7 @@ from tokenworks.catalog import models
 from tokenworks.catalog.book import Catalog, catalog
 from tokenworks.errors import UserError
 from tokenworks.gateway.embedded.launch import cores, memory_bytes, plan, spare_threads
-from tokenworks.gateway.embedded.supervisor import Supervisor
+from tokenworks.gateway.embedded.supervisor import supervised
 from tokenworks.gateway.engine import Address, Engine
 from tokenworks.gateway.settings import EngineSettings
 from tokenworks.gateway.traits import EMBEDDED
@@ -120,8 +120,8 @@ async def _engine(path: Path, name: str, header: Gguf) -> AsyncIterator[str]:
     """The engine's socket file; its process is there as long as the block is."""
     with tempfile.TemporaryDirectory(prefix="tokenworks-", ignore_cleanup_errors=True) as folder:
         launch = plan(path, name, header, _SETTINGS, Path(folder) / "engine.sock")
-        engine = Engine(EMBEDDED, Address(path=launch.socket_path), slots=launch.slots)
-        supervisor = Supervisor(engine, launch, lambda: None)
+        engine = Engine(name, EMBEDDED, Address(path=launch.socket_path), slots=launch.slots)
+        supervisor = supervised(engine, launch, lambda: None)
         try:
             await supervisor.start()
             yield launch.socket_path

@@ -1,4 +1,8 @@
-"""Keeps the engine's process alive: started, watched, started again, ended."""
+"""Keeps an engine's process alive: started, watched, started again, ended.
+
+The process (embedded/child.py, emulated/child.py) reads one JSON line from its input, says in one
+when it can answer, and works until its input ends.
+"""
 
 import asyncio
 import contextlib
@@ -6,7 +10,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -29,29 +33,48 @@ class _Died(Exception):
     """The process ended before it was ready."""
 
 
-class Supervisor:
-    """The engine's process and what becomes of it. `on_restart` is called at every new start."""
+def supervised(engine: Engine, launch: Launch, on_restart: Callable[[], None]) -> "Supervisor":
+    """The supervisor of an embedded engine's process."""
 
-    def __init__(self, engine: Engine, launch: Launch, on_restart: Callable[[], None]) -> None:
-        self._engine = engine
-        self._launch = launch
-        self._on_restart = on_restart
+    def trouble(why: str) -> UserError:
+        return UserError(
+            f"the engine could not load {launch.model_path}: {why}",
+            "Check that the file is a model llama.cpp supports and that it fits the memory "
+            "(--slots and --context-tokens make it smaller).",
+        )
+
+    module, told = "tokenworks.gateway.embedded.child", msgspec.json.encode(launch)
+    return Supervisor([engine], module, told, on_restart, trouble)
+
+
+class Supervisor:
+    """A process and what becomes of it: `python -m module`, told `told`, the home of `engines`.
+
+    `on_restart` is called at every new start; `trouble` makes the error where it can't be started.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        module: str,
+        told: bytes,
+        on_restart: Callable[[], None],
+        trouble: Callable[[str], UserError],
+    ) -> None:
+        self._engines, self._module, self._told = engines, module, told
+        self._on_restart, self._trouble = on_restart, trouble
         self._process: asyncio.subprocess.Process | None = None
         self._said: deque[str] = deque(maxlen=_LINES_KEPT)
         self._drain: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the engine and return when it can answer; UserError if it can't."""
+        """Start it and return when it can answer; UserError if it can't."""
         try:
             await self._spawn()
         except (_Died, OSError) as error:
             await self.stop()
-            raise UserError(
-                f"the engine could not load {self._launch.model_path}: {error}",
-                "Check that the file is a model llama.cpp supports and that it fits the memory "
-                "(--slots and --context-tokens make it smaller).",
-            ) from None
+            raise self._trouble(str(error)) from None
         self._watch = asyncio.create_task(self._keep())
 
     async def stop(self) -> None:
@@ -70,7 +93,8 @@ class Supervisor:
             assert self._process is not None
             started = time.monotonic()
             code = await self._process.wait()
-            self._engine.set_state(State.DOWN, f"it ended with code {code} and is started again")
+            for engine in self._engines:
+                engine.set_state(State.DOWN, f"it ended with code {code} and is started again")
             if time.monotonic() - started > _STEADY_S:
                 wait_s = _FIRST_WAIT_S
             _log.warning("the engine ended with code %s: starting it again in %.1f s", code, wait_s)
@@ -86,11 +110,12 @@ class Supervisor:
 
     async def _spawn(self) -> None:
         # A killed process leaves its socket file, and a new one can't take the name.
-        Path(self._launch.socket_path).unlink(missing_ok=True)  # noqa: ASYNC240 - a moment
+        for engine in self._engines:
+            Path(engine.address.path).unlink(missing_ok=True)  # noqa: ASYNC240 - a moment
         self._process = process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "tokenworks.gateway.embedded.child",
+            self._module,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -103,13 +128,15 @@ class Supervisor:
         self._said.clear()
         self._drain = asyncio.create_task(self._listen(process.stderr))
         with contextlib.suppress(ConnectionError):
-            process.stdin.write(msgspec.json.encode(self._launch) + b"\n")
+            process.stdin.write(self._told + b"\n")
             await process.stdin.drain()
-        if not await process.stdout.readline():
+        ready = await process.stdout.readline()
+        if not ready or _refusal(ready):
             await process.wait()
             await self._drain
-            raise _Died(self._reason(process.returncode))
-        self._engine.set_state(State.READY)
+            raise _Died(_refusal(ready) or self._reason(process.returncode))
+        for engine in self._engines:
+            engine.set_state(State.READY)
 
     async def _listen(self, stderr: asyncio.StreamReader) -> None:
         # Line by line would fail at a line longer than the reader's buffer.
@@ -143,3 +170,14 @@ class Supervisor:
                 await process.wait()
         if self._drain is not None:
             await self._drain
+
+
+def _refusal(line: bytes) -> str:
+    """Why a process can't do what it was told, if its first line says so."""
+    try:
+        told = msgspec.json.decode(line or b"{}")
+    except msgspec.DecodeError:
+        return ""
+    if not isinstance(told, dict) or "error" not in told:
+        return ""
+    return f"{told['error']}. {told.get('remedy', '')}".rstrip(". ")

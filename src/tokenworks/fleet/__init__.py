@@ -1,0 +1,1 @@
+"""From a placement to a replica: its modelled engine, and what a scheduler may know of it. Pure."""

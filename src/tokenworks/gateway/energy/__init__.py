@@ -1,0 +1,1 @@
+"""Joules: meters of replicas, and what each request pays of what they read."""
