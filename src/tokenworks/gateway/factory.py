@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_TOGETHER: Final = 8  # dispatches of one write to the journal: who comes first need not wait longer
 _AGAIN_S: Final = 0.3
 _ASK_AGAIN_S: Final = 1.0  # where all engines have said no to a stream that has begun
 
@@ -130,6 +131,8 @@ class Factory:
                 self._handle(self._events.popleft())
         finally:
             self._telling = False
+        if len(self._outbox) >= _TOGETHER:
+            self._commit()
 
     def _handle(self, event: Event | None) -> None:
         now_ns = monotonic_ns()
