@@ -20,6 +20,7 @@ from tokenworks.cli import (
     cost,
     emulate,
     keys,
+    lpu,
     operate,
     parity,
     replay,
@@ -51,6 +52,7 @@ app.command(model_app)
 app.command(catalog.catalog)
 app.command(cost.cost)
 app.command(emulate.emulate)
+app.command(lpu.lpu)
 app.command(replay.replay)
 app.command(replay.compare)
 app.command(bench.bench)

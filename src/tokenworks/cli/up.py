@@ -8,11 +8,11 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from tokenworks import web
+from tokenworks import __version__, web
 from tokenworks.assets import store
+from tokenworks.catalog.models import DEFAULT, models
 from tokenworks.catalog.models import model as catalogue_model
-from tokenworks.catalog.models import models
-from tokenworks.cli import console
+from tokenworks.cli import console, lpu
 from tokenworks.cli.book import open_model, opened
 from tokenworks.cli.fetch import with_progress
 from tokenworks.errors import UserError
@@ -20,7 +20,9 @@ from tokenworks.gateway import server, settings
 from tokenworks.gateway.fleet import Model, checked, pools_of
 from tokenworks.gateway.gateway import Gateway
 from tokenworks.gateway.logs import set_up
+from tokenworks.lpu import program
 
+_LPU = "lpu"
 _out, _err = console.OUT, console.ERR
 
 
@@ -56,8 +58,9 @@ def up(  # noqa: PLR0913 - one argument a flag
     model
         A name that `tokenworks model list` shows, or the path of a .gguf file.
     engine
-        The URL of one OpenAI-compatible engine to use instead of a model of our own. Its key is
-        read from TOKENWORKS_ENGINE_API_KEY.
+        The URL of one OpenAI-compatible engine to use instead of a model of our own; its key is
+        read from TOKENWORKS_ENGINE_API_KEY. Or the word lpu: the model is compiled for the
+        deterministic machine, which answers to the cycle (some tokens a second).
     host
         Address to listen on. Any but loopback needs an API key (`tokenworks keys add`).
     port
@@ -99,6 +102,11 @@ def up(  # noqa: PLR0913 - one argument a flag
         "watch.events": None if events is None else str(events),
     }
     given = {key: value for key, value in flags.items() if value is not None}
+    if engine == _LPU:
+        del given["engine.url"]
+        given.pop("engine.model", None)
+        given["pools"] = [{"model": model or DEFAULT, "kind": "lpu"}]
+        engine, model = None, None
     ways = {"--model": model, "--engine": engine, "--demo": demo or None}
     chosen_ways = [name for name, value in ways.items() if value is not None]
     if len(chosen_ways) > 1:
@@ -115,14 +123,14 @@ def up(  # noqa: PLR0913 - one argument a flag
             return settings.load(path, given)
 
     chosen = load()
-    if chosen.pools and (model is not None or engine is not None):
+    if fleet is not None and chosen.pools and (model is not None or engine is not None):
         raise UserError(f"{fleet} has pools: --model and --engine are for one engine", "Leave out.")
     watch = chosen.watch
     set_up(verbose=verbose, as_json=watch.log_json, requests=watch.log_requests)
     opened_models: dict[str, Model] = {}
     for pool in pools_of(chosen):
-        if pool.kind == "embedded" and pool.model not in opened_models:
-            opened_models[pool.model] = _open(pool.model)
+        if pool.kind in ("embedded", "lpu") and pool.model not in opened_models:
+            opened_models[pool.model] = (_open if pool.kind == "embedded" else _program)(pool.model)
             name = opened_models[pool.model].name
             _err.print(f"Starting the engine with {name} …", soft_wrap=True)
     given_to = server.Given(opened_models, opened(None, None), open_model, load, place)
@@ -140,6 +148,17 @@ def _announce(url: str, gateway: Gateway) -> None:
     _out.print(f"Tokenworks is ready: {url}/v1", soft_wrap=True)
     sys.stdout.flush()
     logging.getLogger(__name__).info("ready at %s", url)
+
+
+def _program(name: str) -> Model:
+    """A model compiled for the deterministic machine; kept, so that it is compiled once."""
+    model = _open(name)
+    path = store.cache_dir() / "programs" / f"{model.path.stem}-{__version__}.lpu"
+    if not path.exists():
+        lpu.compile_model(name, out=path)
+    data = store.read_bytes(path, "the program", lpu.MOST_BYTES)
+    tokens = program.decode(data, str(path)).program.parts[0].buckets[-1].tokens
+    return model._replace(path=path, context_tokens=tokens)
 
 
 def _open(name: str) -> Model:

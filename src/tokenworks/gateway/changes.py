@@ -86,7 +86,7 @@ def wanted(settings: Settings, means: Means) -> Mapping[str, Unit]:
     """The replicas that the settings ask for, by address."""
     found: dict[str, Unit] = {}
     for pool in pools_of(settings):
-        if pool.kind == "embedded" and pool.model not in means.models:
+        if pool.kind in ("embedded", "lpu") and pool.model not in means.models:
             raise UserError(
                 f"pools.{pool.name}: {pool.model} is not loaded, and can't be while the gateway "
                 "runs",

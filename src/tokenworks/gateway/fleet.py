@@ -19,6 +19,7 @@ from tokenworks.gateway.embedded.launch import plan as plan_embedded
 from tokenworks.gateway.emulated.replica import Replica as Emulated
 from tokenworks.gateway.emulated.replica import fitted
 from tokenworks.gateway.engine import Address, Engine
+from tokenworks.gateway.lpu.launch import LpuLaunch
 from tokenworks.gateway.settings import LIVE_CLASSES, EngineSettings, PoolSettings, Settings
 from tokenworks.gateway.traits import Traits
 from tokenworks.model.gguf import Gguf
@@ -38,15 +39,21 @@ _KV_TOKENS = 1 << 22
 # A small model on a processor core: each answer more slows all others by as much again, and a
 # prompt is read hardly faster than an answer is written.
 _EMBEDDED = Prior(2e6, 8e6, 400.0, 3e6, 64, 30.0)
+# The machine in software reads as it writes, token by token.
+_MACHINE = Prior(200e6, 0.0, 0.0, 200e6, 1, 30.0)
 _S_PER_H = 3600
 
 
 class Model(NamedTuple):
-    """A model file to serve: opened and read by whoever starts the gateway."""
+    """A model file to serve, or a compiled program: opened and read by whoever starts the gateway.
+
+    `context_tokens`: of a program, the longest.
+    """
 
     path: Path
     name: str
     header: Gguf
+    context_tokens: int = 0
 
 
 class Unit(NamedTuple):
@@ -57,7 +64,7 @@ class Unit(NamedTuple):
     engine: Engine
     spec: Spec
     pool: PoolSettings
-    launch: Launch | Emulated | None
+    launch: Launch | LpuLaunch | Emulated | None
     number: int = 0
 
 
@@ -148,7 +155,7 @@ def units_of(pool: PoolSettings, means: Means, tariff: str, first: int = 0) -> l
 
 def _unit(pool: PoolSettings, number: int, means: Means, tariff: str) -> Unit:
     name = f"{pool.name}-{number}"
-    launch: Launch | Emulated | None = None
+    launch: Launch | LpuLaunch | Emulated | None = None
     slots, context_tokens, kv_tokens = pool.slots, pool.context_tokens, pool.kv_tokens
     its_traits = _traits(pool)
     if pool.kind == "embedded":
@@ -160,6 +167,11 @@ def _unit(pool: PoolSettings, number: int, means: Means, tariff: str) -> Unit:
             native_tools="tools" in (model.header.chat_template or ""),
             is_embedder=launch.is_embedder,
         )
+        address = Address(path=launch.socket_path)
+    elif pool.kind == "lpu":
+        model = means.models[pool.model]
+        launch = LpuLaunch(str(model.path), model.name, str(means.folder / f"{name}.sock"))
+        slots, context_tokens, kv_tokens = 1, model.context_tokens, model.context_tokens
         address = Address(path=launch.socket_path)
     elif pool.kind == "emulated":
         launch = _emulated(pool, str(means.folder / f"{name}.sock"))
@@ -262,7 +274,7 @@ def _key(pool: PoolSettings) -> str | None:
 
 def name_of(pool: PoolSettings, means: Means) -> str:
     """What clients call a pool's model."""
-    return means.models[pool.model].name if pool.kind == "embedded" else pool.model
+    return means.models[pool.model].name if pool.kind in ("embedded", "lpu") else pool.model
 
 
 def _spec(
@@ -277,9 +289,10 @@ def _spec(
     model = name_of(pool, means)
     found = None if pool.processor is None else _known(pool, means, tariff)
     usd = None if pool.usd_per_h is None else pool.usd_per_h / _S_PER_H
-    is_here = pool.kind == "embedded"
+    is_here = pool.kind in ("embedded", "lpu")
     if found is None:
-        prior = pool.prior or (_EMBEDDED if is_here else Prior())
+        usual = {"embedded": _EMBEDDED, "lpu": _MACHINE}.get(pool.kind, Prior())
+        prior = pool.prior or usual
         return Spec(
             name, pool.name, pool.kind, prior,
             slots or _SEATS.get(pool.kind, _MANY_SEATS), kv_tokens or _KV_TOKENS,

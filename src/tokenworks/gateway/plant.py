@@ -36,6 +36,7 @@ from tokenworks.gateway.inside import Insider
 from tokenworks.gateway.ledger.ledger import Ledger
 from tokenworks.gateway.ledger.usage import used_by_day
 from tokenworks.gateway.logs import note_request
+from tokenworks.gateway.lpu.launch import LpuLaunch
 from tokenworks.gateway.recording import EventLog, Recording
 from tokenworks.gateway.relay import Exchange
 from tokenworks.gateway.remote import PATIENCE_S, Contact, unreachable
@@ -56,6 +57,7 @@ _log = logging.getLogger(__name__)
 
 _MONTH_NS: Final = 31 * 86_400 * NS_PER_S
 _EMULATED: Final = "tokenworks.gateway.emulated.child"
+_LPU: Final = "tokenworks.gateway.lpu.child"
 
 
 def scheduler_of(specs: list[Spec], rules: Rules) -> Driven:
@@ -152,7 +154,8 @@ class Plant:
 
     async def _bring_up(self, pools: tuple[PoolSettings, ...]) -> None:
         """Start engines and meet those that run; those that don't come up are told of."""
-        waits = [self._start_pool(pool) for pool in pools if pool.kind in ("embedded", "emulated")]
+        here = ("embedded", "emulated", "lpu")
+        waits = [self._start_pool(pool) for pool in pools if pool.kind in here]
         met = [
             self._contacts[unit.engine].first(_patience_s(unit))
             for unit in self._units
@@ -198,11 +201,15 @@ class Plant:
         units = [unit for unit in self._units if unit.pool.name == pool.name]
         engines = [unit.engine for unit in units]
         restart = self.gateway.figures.note_restart
-        for unit in units if pool.kind == "embedded" else units[:1]:
+        for unit in units[:1] if pool.kind == "emulated" else units:
             if isinstance(unit.launch, Launch):
                 meta = _facts(unit.launch, self._means.models[pool.model])
                 unit.engine.models = {unit.engine.model: {"meta": meta}}
                 supervisor = supervised(unit.engine, unit.launch, restart)
+            elif isinstance(unit.launch, LpuLaunch):
+                told = msgspec.json.encode(unit.launch)
+                mine = [unit.engine]
+                supervisor = Supervisor(mine, _LPU, told, restart, partial(_no_start, pool))
             else:
                 told = msgspec.json.encode([each.launch for each in units])
                 supervisor = Supervisor(engines, _EMULATED, told, restart, partial(_no_start, pool))
@@ -378,4 +385,4 @@ def _facts(launch: Launch, model: Model) -> dict[str, object]:
 
 
 def _no_start(pool: PoolSettings, why: str) -> UserError:
-    return UserError(f"pools.{pool.name} could not be emulated: {why}", "Mend what it names.")
+    return UserError(f"pools.{pool.name} could not be started: {why}", "Mend what it names.")

@@ -20,7 +20,16 @@ from tokenworks.sched.config import ClassRules, Policy, ScaleRules
 from tokenworks.sched.prior import Prior
 
 Kind = Literal[
-    "openai", "vllm", "sglang", "trtllm", "llamacpp", "groq", "dynamo", "embedded", "emulated"
+    "openai",
+    "vllm",
+    "sglang",
+    "trtllm",
+    "llamacpp",
+    "groq",
+    "dynamo",
+    "embedded",
+    "emulated",
+    "lpu",
 ]
 Role = Literal["both", "prefill", "decode"]
 
@@ -106,7 +115,7 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         place = f"pools.{self.name or self.kind}"
         numbers = ("slots", "context_tokens", "kv_tokens", "devices", "threads", "replicas")
         _above_zero(place, self, numbers)
-        is_here = self.kind in ("embedded", "emulated")
+        is_here = self.kind in ("embedded", "emulated", "lpu")
         if is_here and self.urls:
             raise ValueError(f"{place}.urls: {self.kind} engines are started here; leave it out")
         if not is_here and not self.urls:

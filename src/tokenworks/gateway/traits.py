@@ -257,6 +257,33 @@ VLLM: Final = Traits(
     kv_handover="kv_transfer_params",
 )
 
+# Our own machine: what it says is the likeliest token, one conversation at a time.
+LPU: Final = Traits(
+    kind="lpu",
+    title="deterministic machine",
+    extra_fields=frozenset({"add_generation_prompt", "continue_final_message"}),
+    parts=frozenset({"text"}),
+    refused=_REFUSED
+    | {
+        "audio": _TEXT_ONLY,
+        "best_of": "the machine says the likeliest token",
+        "echo": "the machine does not repeat the prompt",
+        "logit_bias": "the machine says the likeliest token",
+        "logprobs": "the machine tells tokens only",
+        "response_format": "the machine says the likeliest token",
+        "suffix": _WRITES_ON,
+        "tools": "the machine writes text only",
+    },
+    dropped=_LABELS
+    | {"temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "user"},
+    at_most={"n": 1},
+    stops_streams_only=True,
+    developer_is_system=True,
+    absent=dict.fromkeys(("embeddings", "responses"), "the machine answers prompts only"),
+    reuse_connections=False,
+    continuation=Continuation(by_flag=True),
+)
+
 # Our own emulated engine stands in for a vLLM, but has words only, and its own end of an answer.
 EMULATED: Final = msgspec.structs.replace(
     VLLM,
@@ -397,5 +424,6 @@ KINDS: Final[dict[str, Traits]] = {
         OPENAI,
         EMBEDDED,
         EMULATED,
+        LPU,
     )
 }

@@ -1,0 +1,1 @@
+"""The deterministic machine as an engine of the factory, in a process of its own."""
