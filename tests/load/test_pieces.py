@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.load.server import DONE, event
+from tokenworks.alarm import Alarm
 from tokenworks.errors import UserError
 from tokenworks.load import endpoint
-from tokenworks.load.alarm import Alarm
 from tokenworks.load.bins import Bins, table
 from tokenworks.load.check import Check
 from tokenworks.load.endpoint import Accepted
@@ -104,11 +104,11 @@ def test_the_alarm_never_rings_early() -> None:
                 over.set_result(None)
                 return
             due[0] = time.monotonic_ns() + 700_000
-            alarm.at(due[0])
+            alarm.set(due[0])
 
         alarm = Alarm(loop, rung)
         due[0] = time.monotonic_ns() - 5  # a time that is over rings at once
-        alarm.at(due[0])
+        alarm.set(due[0])
         await over
         alarm.close()
 

@@ -6,7 +6,6 @@ ends in one row of the ledger. Callbacks only: no task, queue or generator per r
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -26,8 +25,6 @@ from tokenworks.gateway.stream import Usage, engine_refusal
 from tokenworks.gateway.travel import Travel
 from tokenworks.sched.config import ServiceClass
 from tokenworks.sched.messages import Promise
-
-_log = logging.getLogger(__name__)
 
 # uvicorn wakes a waiting application through this; an exchange has none.
 _NO_EVENT: Final = SimpleNamespace(set=lambda: None)

@@ -133,7 +133,7 @@ class Contact:
         model = engine.served_as or engine.model or next(iter(engine.models), "")
         said = [{"role": "user", "content": "1"}]
         body = json.dumps({"model": model, "messages": said, "max_tokens": 1}).encode()
-        _ask_for(engine, "/v1/chat/completions", body, _PROOF_S)
+        ask(engine, "/v1/chat/completions", body, _PROOF_S)
 
     def _load(self) -> Telemetry | None:
         gauges = self.engine.traits.gauges
@@ -164,10 +164,10 @@ class _Unix(http.client.HTTPConnection):
 
 def _get(engine: Engine, path: str) -> tuple[int, bytes]:
     """GET a path of the engine's: status and body."""
-    return _ask_for(engine, path, None, _TIMEOUT_S)
+    return ask(engine, path, None, _TIMEOUT_S)
 
 
-def _ask_for(engine: Engine, path: str, body: bytes | None, timeout_s: float) -> tuple[int, bytes]:
+def ask(engine: Engine, path: str, body: bytes | None, timeout_s: float) -> tuple[int, bytes]:
     """GET a path of the engine's, or POST to it. Straight to its address, through no proxy, and no
     redirect is followed: its key is for it only.
     """

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from tokenworks.load.alarm import Alarm
+from tokenworks.alarm import Alarm
 from tokenworks.load.bins import Bins
 from tokenworks.load.check import Check, problem, shown
 from tokenworks.load.dial import Dial
@@ -76,7 +76,7 @@ class Drive:
             due_ns = start_ns + requests[self._sent].arrival_ns
             now_ns = time.monotonic_ns()
             if due_ns > now_ns:
-                self._alarm.at(due_ns)
+                self._alarm.set(due_ns)
                 return
             self._watch.late.add(now_ns - due_ns)
             self._send(due_ns)

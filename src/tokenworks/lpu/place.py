@@ -72,14 +72,6 @@ class Placement:
         for buffer in far:
             self._far(buffer)
 
-    def used_words(self) -> int:
-        """Words in use, over all slices."""
-        near = sum(
-            (self.chip.words_per_bank * (bank + 1) - top) * SG
-            for (_, bank), top in self._bank_top.items()
-        )
-        return near + WEIGHT_STREAMS * sum(self._gang_next.values())
-
     def _words(self, buffer: Buffer) -> int:
         return buffer.n * (self.layers if buffer.moves else 1)
 

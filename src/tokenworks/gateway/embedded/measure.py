@@ -9,7 +9,6 @@ import contextlib
 import http.client
 import platform
 import signal
-import socket
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,6 +23,7 @@ from tokenworks.assets import host, store
 from tokenworks.catalog import models
 from tokenworks.catalog.book import Catalog, catalog
 from tokenworks.errors import UserError
+from tokenworks.gateway import remote
 from tokenworks.gateway.embedded.launch import cores, memory_bytes, plan, spare_threads
 from tokenworks.gateway.embedded.supervisor import supervised
 from tokenworks.gateway.engine import Address, Engine
@@ -105,32 +105,32 @@ def record(say: Say) -> bytes:
 
 async def _rates(path: Path, name: str, header: Gguf, say: Say) -> Rates:
     _stop_when_told()
-    async with _engine(path, name, header) as socket_path:
-        read = await _timings(socket_path, _PROMPT_TOKENS, 1)
+    async with _engine(path, name, header) as engine:
+        read = await _timings(engine, _PROMPT_TOKENS, 1)
         prompt = _middle([each.prompt_per_second for each in read])
         say(f"Prompts of {_PROMPT_TOKENS} tokens: {prompt:.1f} tokens/s.")
-        written = await _timings(socket_path, _SHORT_TOKENS, _WRITTEN_TOKENS)
+        written = await _timings(engine, _SHORT_TOKENS, _WRITTEN_TOKENS)
         answer = _middle([each.predicted_per_second for each in written])
         say(f"Answers of {_WRITTEN_TOKENS} tokens: {answer:.1f} tokens/s.")
     return Rates(prompt, answer)
 
 
 @contextlib.asynccontextmanager
-async def _engine(path: Path, name: str, header: Gguf) -> AsyncIterator[str]:
-    """The engine's socket file; its process is there as long as the block is."""
+async def _engine(path: Path, name: str, header: Gguf) -> AsyncIterator[Engine]:
+    """The engine; its process is there as long as the block is."""
     with tempfile.TemporaryDirectory(prefix="tokenworks-", ignore_cleanup_errors=True) as folder:
         launch = plan(path, name, header, _SETTINGS, Path(folder) / "engine.sock")
         engine = Engine(name, EMBEDDED, Address(path=launch.socket_path), slots=launch.slots)
         supervisor = supervised(engine, launch, lambda: None)
         try:
             await supervisor.start()
-            yield launch.socket_path
+            yield engine
         finally:
             engine.close()
             await supervisor.stop()
 
 
-async def _timings(socket_path: str, prompt_tokens: int, written_tokens: int) -> list[_Timings]:
+async def _timings(engine: Engine, prompt_tokens: int, written_tokens: int) -> list[_Timings]:
     """The engine's timings of equal requests, one after the other."""
     asked = {
         "prompt": list(range(_FIRST_TOKEN, _FIRST_TOKEN + prompt_tokens)),
@@ -142,41 +142,21 @@ async def _timings(socket_path: str, prompt_tokens: int, written_tokens: int) ->
     found = []
     for _ in range(_TIMES):
         # If we are told to stop, the engine ends, and with it what this thread waits for.
-        timings = await asyncio.to_thread(_ask, socket_path, asked)
+        timings = await asyncio.to_thread(_ask, engine, asked)
         if (timings.prompt_n, timings.predicted_n) != (prompt_tokens, written_tokens):
             raise _untold(f"it worked on {timings.prompt_n} and {timings.predicted_n} tokens")
         found.append(timings)
     return found
 
 
-def _ask(socket_path: str, asked: dict[str, Any]) -> _Timings:
-    connection = _Connection(socket_path)
+def _ask(engine: Engine, asked: dict[str, Any]) -> _Timings:
     try:
-        headers = {"content-type": "application/json"}
-        connection.request("POST", "/completion", msgspec.json.encode(asked), headers)
-        answer = connection.getresponse()
-        raw = answer.read()
-        if answer.status != http.client.OK:
-            raise _untold(f"it answered {answer.status}: {raw[:200].decode('utf-8', 'replace')}")
+        status, raw = remote.ask(engine, "/completion", msgspec.json.encode(asked), _ANSWER_S)
+        if status != http.client.OK:
+            raise _untold(f"it answered {status}: {raw[:200].decode('utf-8', 'replace')}")
         return msgspec.json.decode(raw, type=_Answer).timings
     except (OSError, http.client.HTTPException, msgspec.DecodeError) as error:
         raise _untold(str(error) or type(error).__name__) from error
-    finally:
-        connection.close()
-
-
-class _Connection(http.client.HTTPConnection):
-    """HTTP over a socket file."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=_ANSWER_S)
-        self._path = path
-
-    def connect(self) -> None:
-        """Connect to the file instead of to the host."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
 
 
 def _middle(rates: list[float]) -> float:

@@ -12,9 +12,9 @@ from typing import Final, Protocol
 
 from msgspec.structs import replace
 
+from tokenworks.alarm import Alarm
 from tokenworks.engine.meter import Gaps
 from tokenworks.engine.work import Load, Notice, Work
-from tokenworks.gateway.emulated.alarm import Alarm
 from tokenworks.gateway.emulated.answer import Style
 from tokenworks.gateway.emulated.ask import Ask, Intake
 from tokenworks.gateway.emulated.fault import Fault
