@@ -99,27 +99,27 @@ def emulate(  # noqa: PLR0913 - one argument a flag
     named(lengths)  # raises before anything is built
     first = Replica(
         processor,
-        model,
-        devices,
-        precision,
-        kv,
-        decode_on,
-        other_devices,
-        Limits(
+        model=model,
+        devices=devices,
+        precision=precision,
+        kv=kv,
+        decode_on=decode_on,
+        other_devices=other_devices,
+        limits=Limits(
             sequences=sequences,
             step_tokens=step_tokens,
             kv_blocks=kv_blocks,
             prefix_cache=prefix_cache,
             async_scheduling=async_scheduling,
         ),
-        context_tokens,
-        slow,
-        served_as or _name(model),
-        lengths,
-        faults,
-        None if socket is None else str(socket),
-        host,
-        port,
+        context_tokens=context_tokens,
+        slow=slow,
+        served_as=served_as or _name(model),
+        lengths=lengths,
+        faults=faults,
+        socket=None if socket is None else str(socket),
+        host=host,
+        port=port,
     )
     known = opened(catalog, set_, (processor, decode_on))
     all_of_them = [_at(first, index) for index in range(replicas)]

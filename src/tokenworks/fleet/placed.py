@@ -1,9 +1,10 @@
 """One replica's placement, alone or joined of two, and what its operator knows of it beforehand."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Final, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from tokenworks.catalog.book import Catalog
 from tokenworks.cost import AttentionFfn, Drafted, PrefillDecode, Prepared, place, prepare
@@ -20,6 +21,10 @@ from tokenworks.errors import UserError
 from tokenworks.model.shape import Shape
 from tokenworks.sched.forecast import Forecast
 from tokenworks.units import PS_PER_NS
+
+_CONTEXT_TOKENS: Final = 8192  # of a pipeline's slot, where that leaves a few of them
+_FEW_SLOTS: Final = 4
+_WHOLE_CONTEXTS: Final = 256  # nobody can remember 1180
 
 
 class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,6 +93,20 @@ def prepared(
     if not isinstance(second, Static):
         raise UserError("ffn_on takes an LPU", "For example groq-3-lpu.")
     return AttentionFfn(first, second, catalog)
+
+
+def fitted(limits: Limits, parts: Iterable[Prepared], context_tokens: int | None) -> Limits:
+    """The limits with slots as long as `context_tokens`, or as a pipeline's cache can afford."""
+    rooms = [part.kv_capacity_tokens for part in parts if isinstance(part, Static)]
+    if not rooms:
+        return limits
+    return replace(limits, context_tokens=context_tokens or _slot_tokens(min(rooms)))
+
+
+def _slot_tokens(room: int) -> int:
+    """A slot's context that leaves a few slots in a cache of `room` tokens."""
+    affordable = room // _FEW_SLOTS // _WHOLE_CONTEXTS * _WHOLE_CONTEXTS
+    return max(min(_CONTEXT_TOKENS, affordable), _WHOLE_CONTEXTS)
 
 
 def known(place: Prepared, engine: Engine, limits: Limits, tariff: str) -> Known:

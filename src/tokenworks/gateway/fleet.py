@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
@@ -12,12 +12,11 @@ from tokenworks.cost.answer import placed
 from tokenworks.engine.build import build
 from tokenworks.engine.work import Limits as EngineLimits
 from tokenworks.errors import UserError
-from tokenworks.fleet.placed import Known, Wish, known, prepared
+from tokenworks.fleet.placed import Known, Wish, fitted, known, prepared
 from tokenworks.gateway import traits
 from tokenworks.gateway.embedded.launch import Launch
 from tokenworks.gateway.embedded.launch import plan as plan_embedded
 from tokenworks.gateway.emulated.replica import Replica as Emulated
-from tokenworks.gateway.emulated.replica import fitted
 from tokenworks.gateway.engine import Address, Engine
 from tokenworks.gateway.lpu.launch import LpuLaunch
 from tokenworks.gateway.settings import LIVE_CLASSES, EngineSettings, PoolSettings, Settings
@@ -27,7 +26,6 @@ from tokenworks.model.shape import Shape
 from tokenworks.sched.config import BASELINES, Rules, Tenant
 from tokenworks.sched.prior import Prior
 from tokenworks.sched.spec import Spec
-from tokenworks.units import NS_PER_S
 
 ENGINE_KEY_VARIABLE = "TOKENWORKS_ENGINE_API_KEY"
 # Of engines nobody has said anything of: those we know batch as many as these, the others may be
@@ -58,7 +56,8 @@ class Model(NamedTuple):
 
 class Unit(NamedTuple):
     """One replica: its engine here, and the scheduler's data sheet. `launch`: what its process is
-    told, if it is started here. `number`: which of its pool it is.
+    told, if it is started here. `number`: which of its pool it is. `wish`: how it is placed, if its
+    times come from that.
     """
 
     engine: Engine
@@ -66,6 +65,7 @@ class Unit(NamedTuple):
     pool: PoolSettings
     launch: Launch | LpuLaunch | Emulated | None
     number: int = 0
+    wish: Wish | None = None
 
 
 class Means(NamedTuple):
@@ -145,15 +145,16 @@ def checked(settings: Settings, place: str) -> Settings:
     return settings
 
 
-def units_of(pool: PoolSettings, means: Means, tariff: str, first: int = 0) -> list[Unit]:
-    """The replicas of a pool from number `first` on; UserError, naming it, where one can't be."""
+def units_of(pool: PoolSettings, means: Means, tariff: str) -> list[Unit]:
+    """The replicas of a pool; UserError, naming it, where one can't be."""
     try:
-        return [_unit(pool, number, means, tariff) for number in range(first, pool.count)]
+        spot = None if pool.processor is None else _spot(pool, means, tariff)
+        return [_unit(pool, number, means, spot) for number in range(pool.count)]
     except UserError as error:
         raise UserError(f"pools.{pool.name}: {error.message}", error.remedy) from None
 
 
-def _unit(pool: PoolSettings, number: int, means: Means, tariff: str) -> Unit:
+def _unit(pool: PoolSettings, number: int, means: Means, spot: tuple[Wish, Known] | None) -> Unit:
     name = f"{pool.name}-{number}"
     launch: Launch | LpuLaunch | Emulated | None = None
     slots, context_tokens, kv_tokens = pool.slots, pool.context_tokens, pool.kv_tokens
@@ -193,9 +194,10 @@ def _unit(pool: PoolSettings, number: int, means: Means, tariff: str) -> Unit:
         told = f"ca_file: cannot use {pool.ca_file}: {error.strerror or error}"
         raise UserError(told, "Give a file of PEM certificates.") from None
     engine.model, engine.served_as = name_of(pool, means), pool.served_as
-    spec = _spec(pool, name, means, tariff, (slots, context_tokens, kv_tokens))
+    wish, found = (None, None) if spot is None else spot
+    spec = _spec(pool, name, engine.model, found, (slots, context_tokens, kv_tokens))
     engine.processor = spec.processor
-    return Unit(engine, spec, pool, launch, number)
+    return Unit(engine, spec, pool, launch, number, wish)
 
 
 def _traits(pool: PoolSettings) -> Traits:
@@ -237,22 +239,14 @@ def _launch(pool: PoolSettings, model: Model, socket: Path) -> Launch:
 def _emulated(pool: PoolSettings, socket: str) -> Emulated:
     return Emulated(
         pool.processor or "",
-        pool.shape or pool.model,
-        devices=pool.devices,
-        precision=pool.precision,
-        kv=pool.kv,
-        decode_on=pool.decode_on,
-        limits=_limits(pool),
+        model=pool.shape or pool.model,
         context_tokens=pool.context_tokens,
         slow=pool.slow,
         served_as=pool.served_as or pool.model,
         faults=pool.faults,
         socket=socket,
+        **_placing(pool),
     )
-
-
-def _limits(pool: PoolSettings) -> EngineLimits:
-    return EngineLimits() if pool.slots is None else EngineLimits(sequences=pool.slots)
 
 
 def _key(pool: PoolSettings) -> str | None:
@@ -280,14 +274,12 @@ def name_of(pool: PoolSettings, means: Means) -> str:
 def _spec(
     pool: PoolSettings,
     name: str,
-    means: Means,
-    tariff: str,
+    model: str,
+    found: Known | None,
     room: tuple[int | None, int | None, int | None],
 ) -> Spec:
     """`room`: slots, the longest context, and tokens in the cache, as far as they are known."""
     slots, context_tokens, kv_tokens = room
-    model = name_of(pool, means)
-    found = None if pool.processor is None else _known(pool, means, tariff)
     usd = None if pool.usd_per_h is None else pool.usd_per_h / _S_PER_H
     is_here = pool.kind in ("embedded", "lpu")
     if found is None:
@@ -310,29 +302,18 @@ def _spec(
     )  # fmt: skip
 
 
-def wish_of(pool: PoolSettings) -> Wish:
-    """How its replicas are placed, where it names a processor."""
-    return Wish(
-        pool.processor or "",
-        devices=pool.devices,
-        tp=pool.tp,
-        pp=pool.pp,
-        precision=pool.precision,
-        kv=pool.kv,
-        decode_on=pool.decode_on,
-        limits=_limits(pool),
-    )
-
-
-def _known(pool: PoolSettings, means: Means, tariff: str) -> Known:
+def _spot(pool: PoolSettings, means: Means, tariff: str) -> tuple[Wish, Known]:
+    """How a pool's replicas are placed, and what is known of one."""
     means.catalog.tariff(tariff)  # raises where there is none
-    wish = wish_of(pool)
+    wish = Wish(pool.processor or "", **_placing(pool))
     shape = means.open_shape(pool.shape or pool.model)
     place = prepared(wish, shape, means.catalog, means.open_shape)
-    limits = fitted(wish.limits, placed(place), pool.context_tokens)
-    return known(place, build(place, limits), limits, tariff)
+    wish = replace(wish, limits=fitted(wish.limits, placed(place), pool.context_tokens))
+    return wish, known(place, build(place, wish.limits), wish.limits, tariff)
 
 
-def warm_ns(pool: PoolSettings) -> int:
-    """From being started to being ready, of a pool that grows."""
-    return round(pool.scale.warm_s * NS_PER_S) if pool.scale is not None else 0
+def _placing(pool: PoolSettings) -> dict[str, Any]:
+    """What a pool says of where its replicas are, beside the processor."""
+    names = ("devices", "tp", "pp", "precision", "kv", "decode_on")
+    limits = EngineLimits() if pool.slots is None else EngineLimits(sequences=pool.slots)
+    return {"limits": limits, **{name: getattr(pool, name) for name in names}}

@@ -28,7 +28,7 @@ from tokenworks.gateway.energy.energy import Energy
 from tokenworks.gateway.energy.meters import Meter
 from tokenworks.gateway.engine import Engine, State
 from tokenworks.gateway.factory import Driven, Factory
-from tokenworks.gateway.fleet import Means, Model, Unit, pools_of, rules_of, wish_of
+from tokenworks.gateway.fleet import Means, Model, Unit, pools_of, rules_of
 from tokenworks.gateway.gateway import Gateway
 from tokenworks.gateway.gauges import Gauges
 from tokenworks.gateway.handover import Handover
@@ -50,6 +50,7 @@ from tokenworks.sched.baseline import Baseline
 from tokenworks.sched.config import BASELINES, Rules
 from tokenworks.sched.core import Scheduler
 from tokenworks.sched.messages import PowerCapChanged, SendKv
+from tokenworks.sched.prior import Prior
 from tokenworks.sched.spec import Spec
 from tokenworks.units import NS_PER_S
 
@@ -137,7 +138,8 @@ class Plant:
         engine, pool = unit.engine, unit.pool
         factory = self.gateway.factory
         engine.on_state = factory.engine_changed
-        busy_w = getattr(unit.spec.forecast, "peak_w", 0.0)
+        forecast = unit.spec.forecast
+        busy_w = 0.0 if isinstance(forecast, Prior) else forecast.peak_w  # a prior's is a guess
         factory.energy.add(index, meter, idle_w=unit.spec.idle_w, busy_w=busy_w)
         engine.usd_per_s = unit.spec.usd_per_s or 0.0
         engine.uses_priority = pool.priority
@@ -288,7 +290,7 @@ class Plant:
         self.gateway.factory.energy.remove(replica)
         if unit.engine in self._contacts:
             self._contacts.pop(unit.engine).close()
-        if isinstance(unit.launch, Launch):
+        if isinstance(unit.launch, Launch | LpuLaunch):
             self._begin(self._supervisors.pop(unit.engine.name).stop())
         unit.engine.close()
 
@@ -372,7 +374,7 @@ def _cap(cap_w: float | None) -> str:
 
 def _sheet(unit: Unit) -> Sheet:
     pool = unit.pool
-    return sheet(unit.spec, wish_of(pool), pool.shape or pool.model)
+    return sheet(unit.spec, unit.wish, pool.shape or pool.model)
 
 
 def _facts(launch: Launch, model: Model) -> dict[str, object]:
