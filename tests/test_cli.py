@@ -34,6 +34,16 @@ DECODES = ("--decode-on", "h200", "--prefill", "120000")
         ["top"],
         ["reload"],
         ["cap"],
+        ["usage"],
+        ["emulate"],
+        ["bench"],
+        ["calibrate"],
+        ["parity"],
+        ["lpu"],
+        ["lpu", "compile"],
+        ["lpu", "run"],
+        ["lpu", "explain"],
+        ["lpu", "trace"],
     ],
 )
 def test_every_command_helps_with_an_example(command: list[str]) -> None:
