@@ -10,6 +10,7 @@ from tokenworks.fleet.sheet import Sheet, Sheets, sheet
 from tokenworks.gateway.fleet import Means, units_of
 from tokenworks.gateway.settings import PoolSettings
 from tokenworks.model import library
+from tokenworks.sched.forecast import Forecast
 
 
 @pytest.mark.parametrize(
@@ -31,9 +32,11 @@ def test_a_sheet_on_file_is_the_same_again(pool: PoolSettings) -> None:
     names = [name for name in unit.spec.__struct_fields__ if name != "forecast"]
     for name in names:
         assert getattr(again, name) == getattr(unit.spec, name), name
+    before, after = unit.spec.forecast, again.forecast
+    assert isinstance(before, Forecast)
+    assert isinstance(after, Forecast)
+    assert after.seats == before.seats
+    assert after.alone(700) == before.alone(700)
     for count in (1, 5):
-        for ask in ("step_ns", "energy_j"):
-            before = getattr(unit.spec.forecast, ask)(count, 900.0)
-            assert getattr(again.forecast, ask)(count, 900.0) == before
-    assert again.forecast.alone(700) == unit.spec.forecast.alone(700)
-    assert again.forecast.seats == unit.spec.forecast.seats  # type: ignore[union-attr]
+        assert after.step_ns(count, 900.0) == before.step_ns(count, 900.0)
+        assert after.energy_j(count, 900.0) == before.energy_j(count, 900.0)
