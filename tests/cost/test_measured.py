@@ -90,6 +90,15 @@ def test_a_number_of_sequences_that_was_not_seen_lies_between_its_neighbours() -
     assert found.decode_ns[0] == found.decode_ns[1]
 
 
+def test_a_stall_among_few_steps_does_not_bend_the_others() -> None:
+    """One sequence was alone once, just when the machine stood still; four were there once, too."""
+    often = [step for step in steps(TRUTH) if step.sequences not in {1, 4}]
+    found = fit([*often, Step(1, 800, (), 300_000_000), Step(4, 900, (), 1_000_000)])
+    assert found.decode_ns[1:3] == pytest.approx(TRUTH.decode_ns[1:3], rel=0.25)
+    assert found.decode_ns[0] <= found.decode_ns[1]
+    assert found.decode_ns[3] >= found.decode_ns[2]
+
+
 @pytest.mark.parametrize(
     "kept", [lambda step: not step.chunks, lambda step: not step.sequences, lambda step: False]
 )

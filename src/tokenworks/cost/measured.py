@@ -116,7 +116,8 @@ def fit(steps: Sequence[Step]) -> Constants:
 
     Least squares, each step weighed by one over the time it should take: a long one is as many
     short ones. So the sum of all times is met, stalls included, as whoever waited felt them. What
-    comes out below zero (because it is too small to be told from noise) is taken as zero.
+    comes out below zero (because it is too small to be told from noise) is taken as zero; a step of
+    more sequences takes no less than one of fewer.
     """
     counts = sorted({step.sequences for step in steps if step.sequences})
     if not counts or not any(step.chunks for step in steps):
@@ -142,9 +143,15 @@ def _row(step: Step, counts: Sequence[int]) -> list[float]:
     return [*decode, step.seen, len(step.chunks), tokens, pairs]
 
 
-def least_squares(work: _Matrix, times: _Matrix, weights: _Matrix, kept: int) -> _Matrix:
-    """Constants, none below zero, whose work takes `times`; the first `kept` are never left out."""
-    weighted = work * weights[:, None]
+def least_squares(work: _Matrix, times: _Matrix, weights: _Matrix, counts: int) -> _Matrix:
+    """Constants, none below zero, whose work takes `times`.
+
+    The first `counts` are what steps of ever more sequences take: none takes less than the one
+    before. Without that a number of sequences that was seldom there would take what noise says.
+    """
+    rising = work.copy()  # of the first, and of what each takes more than the one before
+    rising[:, :counts] = np.cumsum(work[:, :counts][:, ::-1], axis=1)[:, ::-1]
+    weighted = rising * weights[:, None]
     scale = np.maximum(np.linalg.norm(weighted, axis=0), 1e-300)  # their sizes differ by millions
     used = np.ones(work.shape[1], bool)
     found: _Matrix = np.zeros(work.shape[1])
@@ -152,8 +159,9 @@ def least_squares(work: _Matrix, times: _Matrix, weights: _Matrix, kept: int) ->
         solved = np.linalg.lstsq(weighted[:, used] / scale[used], times * weights, rcond=None)[0]
         found[:] = 0.0
         found[used] = solved
-        lowest = kept + int(np.argmin(found[kept:]))
+        lowest = 1 + int(np.argmin(found[1:]))  # the first is always there
         if found[lowest] >= 0:
-            unscaled: _Matrix = found / scale
-            return unscaled
+            found /= scale
+            found[:counts] = np.cumsum(found[:counts])
+            return found
         used[lowest] = False
