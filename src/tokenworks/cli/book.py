@@ -10,7 +10,6 @@ from tokenworks.assets import host, store
 from tokenworks.catalog.book import Catalog, catalog
 from tokenworks.cli.console import ERR, OUT
 from tokenworks.errors import UserError
-from tokenworks.gateway.embedded.measure import with_cpu
 from tokenworks.model import config, from_gguf, library
 from tokenworks.model.shape import Shape
 
@@ -49,6 +48,8 @@ def opened(
     found = catalog()
     is_here = host.NAME in (name.lower() for name in asked if name)
     if is_here:
+        from tokenworks.gateway.embedded.measure import with_cpu  # noqa: PLC0415 (half a second)
+
         found = with_cpu(found, measure, lambda what: ERR.print(what, soft_wrap=True, markup=False))
     elif measure:
         told = "--measure is for the processor at hand, and that was not asked for"

@@ -17,7 +17,7 @@ from tokenworks.gateway.telemetry import Telemetry
 
 _log = logging.getLogger(__name__)
 
-PATIENCE_S: Final = 10.0
+PATIENCE_S: Final = 3.0  # one that is still starting is found later, too
 _POLL_S: Final = 2.0
 _MODELS_EVERY: Final = 15  # looks between two at the list of models
 _TIMEOUT_S: Final = 5.0
