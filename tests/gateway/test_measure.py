@@ -63,16 +63,15 @@ def children() -> list[psutil.Process]:
 
 
 @pytest.mark.engine
-def test_what_is_measured_is_a_whole_record() -> None:
+def test_what_is_measured_is_a_whole_record_and_kept(cache: Path) -> None:
     said: list[str] = []
     before = children()
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    raw = measure.record(said.append)
+    book = host.with_power(measure.with_cpu(catalog(), False, said.append))
     assert children() == before
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert any("Measuring this processor" in line for line in said)
     assert sum("tokens/s" in line for line in said) == 2
-    host.check(raw)
-    book = host.with_power(catalog().with_user(raw, "cpu.toml"))
     record = book.processor("cpu")
     assert record.kind == "cpu"
     assert record.title == measure._title()
@@ -82,24 +81,22 @@ def test_what_is_measured_is_a_whole_record() -> None:
         assert number.grade == ("assumed" if path == "tdp_w" else "measured"), path
         assert number.source.startswith("tokenworks, 2"), path
         assert number.note, path
+    assert host.path() == cache / "processors" / "cpu.toml"
+    assert [path.name for path in host.path().parent.iterdir()] == ["cpu.toml"]
+    said.clear()
+    assert host.with_power(measure.with_cpu(catalog(), False, said.append)) == book
+    assert said == []
 
 
 @pytest.mark.engine
-def test_the_command_measures_once_and_again_when_asked(cache: Path) -> None:
-    cost = ("cost", "smollm2-135m", "cpu", "--context", "64", "--json")
-    first = run(*cost)
-    assert first.returncode == 0, first.stderr
-    assert "Measuring this processor" in first.stderr
-    assert host.path() == cache / "processors" / "cpu.toml"
-    assert [path.name for path in host.path().parent.iterdir()] == ["cpu.toml"]
-    written = host.path().read_bytes()
-    second = run(*cost)
-    assert second.stdout == first.stdout
-    assert second.stderr == ""
+def test_the_command_measures_again_when_asked(cache: Path) -> None:
     kept("broken")  # is not read
-    assert run("catalog", "CPU", "--measure").returncode == 0
-    assert host.kept() is not None
-    assert written.partition(b"{")[0] == host.path().read_bytes().partition(b"{")[0]
+    done = run("catalog", "CPU", "--measure")
+    assert done.returncode == 0, done.stderr
+    assert "Measuring this processor" in done.stderr
+    raw = host.kept()
+    assert raw is not None
+    host.check(raw)
 
 
 @pytest.mark.engine
