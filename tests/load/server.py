@@ -249,7 +249,8 @@ async def malformed_event(play: Play) -> None:
 @scene
 async def wrong_shape(play: Play) -> None:
     await play.say()
-    await play.send(framed(b'data: {"choices": 3}\n\n' + play.tail()), LAST)
+    usage = {"completion_tokens": 10**30}  # which no table has room for
+    await play.send(framed(event(choices=[], usage=usage) + play.tail()), LAST)
 
 
 @scene

@@ -147,6 +147,30 @@ def test_a_generator_that_could_not_keep_up_says_so(
     assert max((late["first_ns"] - late["arrival_ns"]).to_list()) > 100_000_000
 
 
+def test_a_lost_process_is_told_and_what_others_measured_is_kept(
+    server: Server, trace: Path, tmp_path: Path
+) -> None:
+    server.plays.clear()
+    out = tmp_path / "out"
+    process = started(
+        str(trace), "--url", server.url, "--model", "good", "--stretch", "100", "--out", str(out),
+        "--workers", "3",
+    )  # fmt: skip
+    wait_for(lambda: len(server.plays) >= 4)
+    workers = sorted(psutil.Process(process.pid).children(), key=lambda each: each.pid)
+    workers[1].kill()
+    told, error = process.communicate(timeout=60)
+    assert process.returncode == 4, error
+    assert error.count("Process 2 of the generator was lost: signal 9, Killed") == 1
+    assert "Traceback" not in error
+    assert "Its 20 requests are not in here" in " ".join(told.split())
+    (lost,) = json.loads((out / "checks.json").read_text())["lost"]
+    assert (lost["number"], lost["requests"], lost["said"]) == (2, 20, "")
+    kept = pl.read_parquet(out / "outcomes.parquet")["id"].to_list()
+    assert {0, 2, 3} - set(kept) == set()  # the first of the others
+    assert all(number % 3 != 1 for number in kept)
+
+
 def test_no_process_stays_behind(server: Server, trace: Path, tmp_path: Path) -> None:
     server.plays.clear()
     process = started(

@@ -161,6 +161,19 @@ def test_a_run_is_bounded(server: Server) -> None:
     assert any(note.startswith("1 requests were not sent") for note in result.notes)
 
 
+def test_a_process_that_fails_is_no_run_without_its_requests(server: Server) -> None:
+    """A request that no memory holds, when its time has come: nobody waits for that in the loop."""
+    requests = [*some(4), Request(60 * MS, 10**17, 5)]
+    result = run(load(server, "good", requests, workers=2))
+    (lost,) = result.lost
+    assert (lost.number, lost.requests) == (1, 3)
+    assert lost.why == "exit code 1: MemoryError"
+    assert "Traceback" in lost.said
+    assert [outcome.id for outcome in by_id(result)] == [1, 3]
+    with pytest.raises(UserError, match="Process 1 of the generator was lost: exit code 1"):
+        run(load(server, "good", requests))
+
+
 def test_what_an_endpoint_refuses_is_left_out(server: Server) -> None:
     server.plays.clear()
     requests = [*some(2, service_class="realtime"), Request(0, 80, 6)]

@@ -40,6 +40,7 @@ from tokenworks.workload import Gamma, Mix, Request, Share, assigned, times
 
 _MORE_S: Final = 60.0  # than the trace is long
 _BOTTLENECK: Final = 3  # the exit code of a run whose numbers are the generator's own
+_LOST: Final = 4  # of one that lost a part of the generator
 
 
 class _Asked(msgspec.Struct, frozen=True):
@@ -77,7 +78,8 @@ def bench(  # noqa: PLR0913 - one argument a flag
     Example: tokenworks bench azure-code --url http://127.0.0.1:8000/v1 --model M --requests 100
 
     Writes what `tokenworks replay` writes, and checks.json. Ctrl-C ends the run and leaves what is
-    done. Where this generator itself was the bottleneck, the exit code is 3.
+    done. Where this generator itself was the bottleneck, the exit code is 3; where a process of it
+    was lost, 4.
 
     Parameters
     ----------
@@ -159,6 +161,7 @@ def _tell(folder: Path, load: Load, traffic: Traffic, result: Result, *, is_json
     checks = {
         "violations": result.violations,
         "generator": _generator(result),
+        "lost": result.lost,
         "accepted": result.accepted,
         "notes": run.notes,
     }
@@ -175,6 +178,10 @@ def _tell(folder: Path, load: Load, traffic: Traffic, result: Result, *, is_json
     if result.bottleneck:
         told = f"tokenworks: this generator was the bottleneck: {'; '.join(result.bottleneck)}"
         ERR.print(told, soft_wrap=True, markup=False)
+    for lost in result.lost:
+        ERR.print(f"tokenworks: {lost}", soft_wrap=True, markup=False)
+    if result.lost:
+        raise SystemExit(_LOST)
     if not result.is_whole:
         raise KeyboardInterrupt
     if result.bottleneck:
@@ -189,6 +196,11 @@ def _shown(load: Load, traffic: Traffic, result: Result) -> Run:
             f"This generator was the bottleneck: {'; '.join(result.bottleneck)}. The numbers are "
             "its own, not the endpoint's. Give it --workers, or another machine."
         )
+    notes += [
+        f"{str(lost).removesuffix('.')}. Its {lost.requests:,} requests are not in here, and the "
+        "others were stopped."
+        for lost in result.lost
+    ]
     if not result.is_whole:
         done = len(result.outcomes)
         notes.append(f"Interrupted: {done:,} of {len(load.requests):,} requests are in here.")

@@ -1,7 +1,7 @@
 """Reads answers as they come and says what is wrong with them. Pure: bytes and times in."""
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -28,18 +28,22 @@ KINDS: Final = {
 _SHOWN: Final = 160
 
 
+# No number of tokens is longer; one that is would not fit where outcomes are kept.
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
+
+
 class Details(msgspec.Struct, gc=False):
     """Of the prompt: what came from a cache."""
 
-    cached_tokens: int | None = None
+    cached_tokens: _Tokens | None = None
 
 
 class Usage(msgspec.Struct, gc=False):
     """Tokens and joules as the endpoint reports them."""
 
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    total_tokens: int | None = None
+    prompt_tokens: _Tokens = 0
+    completion_tokens: _Tokens = 0
+    total_tokens: _Tokens | None = None
     prompt_tokens_details: Details | None = None
     energy_j: float | None = None
     replica: str | None = None

@@ -5,7 +5,7 @@ import gc
 import os
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from tokenworks.alarm import Alarm
 from tokenworks.load.bins import Bins
@@ -43,10 +43,11 @@ class Drive:
         self._sent = self._refusals = self._retry_after = self._chunks = self._connections = 0
         self._watch = Watch(self._loop)
         self._over = asyncio.Event()
+        self._error: BaseException | None = None
         self._start_ns = 0
 
     async def run(self, start_ns: int) -> Share:
-        """All of it. `start_ns`: when the run's time 0 is, or was."""
+        """All of it. `start_ns`: when the run's time 0 is, or was. Raises what `broke` it."""
         self._start_ns = start_ns
         gc.collect()
         gc.freeze()
@@ -63,11 +64,24 @@ class Drive:
         await self._over.wait()
         limit.cancel()
         alarm.close()
+        if self._error is not None:
+            raise self._error
         return self._share()
 
     def stop(self) -> None:
         """End it now."""
         self._end("interrupted")
+
+    def broke(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """The loop's: something failed where nobody waits. A mistake of ours ends the run, or
+        requests would be missing from it in silence.
+        """
+        error = context.get("exception")
+        if error is None or isinstance(error, OSError):
+            loop.default_exception_handler(context)
+            return
+        self._error = self._error or error
+        self._over.set()
 
     def _due(self) -> None:
         """Send what is due, and wait for the next."""
@@ -112,11 +126,16 @@ class Drive:
                 line.send(exchange)
                 return
             line.drop()
-        task = self._loop.create_task(self._dialled(exchange))
+        task = self._loop.create_task(self._dial_for(exchange))
         self._dialling.add(task)
-        task.add_done_callback(self._dialling.discard)
+        task.add_done_callback(self._dialled)
 
-    async def _dialled(self, exchange: Exchange) -> None:
+    def _dialled(self, task: "asyncio.Task[None]") -> None:
+        self._dialling.discard(task)
+        if not task.cancelled():
+            task.result()  # a mistake of ours goes the loop's way, to `broke`
+
+    async def _dial_for(self, exchange: Exchange) -> None:
         try:
             line = await self._dial.line(self)
         except OSError as error:

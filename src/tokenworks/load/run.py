@@ -1,9 +1,12 @@
 """A run from beginning to end: probe, processes, and what they saw as one result."""
 
 import contextlib
+import os
 import queue
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +31,8 @@ from tokenworks.workload import Request
 
 _LEAD_NS: Final = 100_000_000  # for all processes to hear when to begin
 _PATIENCE_S: Final = 30.0  # for a process to come up, or to end when it is told to
+_REMEDY: Final = "Where a signal ended it, memory may be short: try fewer --workers or --requests."
+_HEARD_BYTES: Final = 4096  # of what a lost process said last
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,8 +50,24 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
 
 
+class Lost(msgspec.Struct, frozen=True):
+    """A process that ended before its work did, and with it what it had measured. `said`: the end
+    of what it wrote to standard error.
+    """
+
+    number: int  # from 1 on
+    requests: int  # that it was to send
+    why: str
+    said: str
+
+    def __str__(self) -> str:
+        return f"Process {self.number} of the generator was lost: {self.why}"
+
+
 class Result(msgspec.Struct, frozen=True):
-    """What came of it. `is_whole` unless it was interrupted. CPU times are the generator's own."""
+    """What came of it. `is_whole` unless it was interrupted, or a process was `lost`. CPU times
+    are the generator's own.
+    """
 
     outcomes: Outcomes
     summary: Summary
@@ -56,6 +77,7 @@ class Result(msgspec.Struct, frozen=True):
     chunks: int
     connections: int
     is_whole: bool
+    lost: tuple[Lost, ...]
     notes: tuple[str, ...]
 
     @property
@@ -66,15 +88,19 @@ class Result(msgspec.Struct, frozen=True):
 
 def run(load: Load, tell: Callable[[int], None] = lambda _done: None) -> Result:
     """Do it; `tell` hears how many requests have ended. Ctrl-C ends it with what is done, a second
-    one at once. UserError if the endpoint can't be asked.
+    one at once, and so does a process that is lost: what is left is not the traffic that was
+    asked for. UserError if the endpoint can't be asked, or no process is left.
     """
     found = uvloop.run(
         probe(load.endpoint, load.model, load.keys, load.requests, load.seed, stream=load.is_stream)
     )
     count = _processes(load)
     plans = [_plan(load, found.accepted, number, count) for number in range(count)]
-    shares, is_whole = _Crew(plans, tell).work()
-    return _result(load, found.accepted, found.notes, shares, is_whole=is_whole)
+    crew = _Crew(plans, tell)
+    shares = crew.work()
+    if not shares:
+        raise UserError(str(crew.lost[0]), _REMEDY)
+    return _result(load, found.accepted, found.notes, shares, crew)
 
 
 def _processes(load: Load) -> int:
@@ -103,15 +129,18 @@ def _plan(load: Load, accepted: Accepted, number: int, count: int) -> Plan:
 
 
 class _Crew:
-    """The processes, and what they say."""
+    """The processes, and what they say. `lost`: those that ended before their work did."""
 
     def __init__(self, plans: list[Plan], tell: Callable[[int], None]) -> None:
         self._plans, self._tell = plans, tell
         self._said: queue.SimpleQueue[tuple[int, wire.Message | None]] = queue.SimpleQueue()
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._errors: list[IO[bytes]] = []
+        self.lost: list[Lost] = []
+        self.is_stopped = False
 
-    def work(self) -> tuple[list[Share], bool]:
-        """Everyone's share, and whether nobody was interrupted."""
+    def work(self) -> list[Share]:
+        """The share of each that was not lost."""
         try:
             for number, plan in enumerate(self._plans):
                 self._start(number, plan)
@@ -125,13 +154,17 @@ class _Crew:
             for process in self._processes:
                 process.kill()
                 process.wait()
+            for file in self._errors:
+                file.close()
 
     def _start(self, number: int, plan: Plan) -> None:
         # In a session of its own, so that Ctrl-C in the terminal is ours alone.
+        self._errors.append(tempfile.TemporaryFile())  # noqa: SIM115 - until `work` ends
         process = subprocess.Popen(
             [sys.executable, "-m", "tokenworks.load.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._errors[-1],
             start_new_session=True,
         )
         self._processes.append(process)
@@ -141,9 +174,11 @@ class _Crew:
         self._put(process, plan)
 
     def _read(self, number: int, pipe: IO[bytes]) -> None:
-        while (message := wire.get(pipe)) is not None:
-            self._said.put((number, message))
-        self._said.put((number, None))
+        try:
+            while (message := wire.get(pipe)) is not None:
+                self._said.put((number, message))
+        finally:  # also where what it says can't be read
+            self._said.put((number, None))
 
     def _put(self, process: "subprocess.Popen[bytes]", message: wire.Message) -> None:
         assert process.stdin is not None
@@ -152,47 +187,63 @@ class _Crew:
 
     def _ready(self) -> None:
         try:
-            _, message = self._said.get(timeout=_PATIENCE_S)
+            number, message = self._said.get(timeout=_PATIENCE_S)
         except queue.Empty:
-            message = None
+            told = f"a process of the generator did not come up within {_PATIENCE_S:g} s"
+            raise UserError(told, "Is this machine busy? Try fewer --workers.") from None
+        if isinstance(message, wire.Trouble):
+            raise UserError(message.told)
         if not isinstance(message, wire.Ready):
-            raise _gone(message)
+            raise UserError(str(self._gone(number)), _REMEDY)
 
-    def _shares(self) -> tuple[list[Share], bool]:
+    def _shares(self) -> list[Share]:
         shares: dict[int, Share] = {}
         done = [0] * len(self._plans)
-        is_whole = True
-        patience_s: float | None = None
-        while len(shares) < len(self._plans):
+        missing = set(range(len(self._plans)))
+        while missing:
             try:
-                number, message = self._said.get(timeout=patience_s)
+                number, message = self._said.get(timeout=_PATIENCE_S if self.is_stopped else None)
                 if isinstance(message, wire.Progress):
                     done[number] = message.done
                     self._tell(sum(done))
                 elif isinstance(message, Share):
                     shares[number] = message
-                elif number not in shares:
-                    raise _gone(message)
+                    missing.discard(number)
+                elif number in missing:
+                    missing.discard(number)
+                    self.lost.append(self._gone(number))
+                    self._stop()
             except KeyboardInterrupt:
-                if not is_whole:
+                if self.is_stopped:
                     raise
-                is_whole, patience_s = False, _PATIENCE_S
-                for process in self._processes:
-                    self._put(process, wire.Stop())
+                self._stop()
             except queue.Empty:
-                raise _gone(None) from None
-        return [shares[number] for number in sorted(shares)], is_whole
+                self.lost += [self._gone(number) for number in sorted(missing)]
+                break
+        return [shares[number] for number in sorted(shares)]
 
+    def _stop(self) -> None:
+        self.is_stopped = True
+        for process in self._processes:
+            self._put(process, wire.Stop())
 
-def _gone(message: wire.Message | None) -> UserError:
-    if isinstance(message, wire.Trouble):
-        return UserError(message.told)
-    told = "a process of the generator ended before its work did"
-    return UserError(told, "What it said is above; try fewer --workers.")
+    def _gone(self, number: int) -> Lost:
+        """Why it is no more, as far as can be known from outside."""
+        process, file = self._processes[number], self._errors[number]
+        try:
+            code = process.wait(1.0)
+            why = f"exit code {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"
+        except subprocess.TimeoutExpired:
+            why = "it runs, but says nothing that can be read"
+        file.seek(max(file.seek(0, os.SEEK_END) - _HEARD_BYTES, 0))
+        said = file.read().decode("utf-8", "replace").strip()
+        if said:
+            why += f": {said.splitlines()[-1]}"
+        return Lost(number + 1, len(self._plans[number].requests), why, said)
 
 
 def _result(
-    load: Load, accepted: Accepted, told: list[str], shares: list[Share], *, is_whole: bool
+    load: Load, accepted: Accepted, told: list[str], shares: list[Share], crew: _Crew
 ) -> Result:
     outcomes = Outcomes()
     rows = [outcome for share in shares for outcome in share.outcomes]
@@ -215,7 +266,8 @@ def _result(
         accepted,
         chunks,
         sum(share.connections for share in shares),
-        is_whole,
+        not crew.is_stopped,
+        tuple(crew.lost),
         (*told, *_notes(load, rows, shares, chunks)),
     )
 

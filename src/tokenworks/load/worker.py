@@ -11,6 +11,7 @@ import resource
 import sys
 import threading
 import time
+import traceback
 from typing import IO, Final
 
 import uvloop
@@ -24,7 +25,16 @@ _TOLD_EVERY_NS: Final = 200_000_000
 
 
 def main() -> None:
-    """Do one plan."""
+    """Do one plan. A mistake of ours is an exit code and a traceback, for `run` to tell of."""
+    try:
+        _do()
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)  # the thread still reads: at an ordinary end it would be fatal
+
+
+def _do() -> None:
     plan = wire.get(sys.stdin.buffer)
     if not isinstance(plan, wire.Plan):
         return
@@ -35,7 +45,6 @@ def main() -> None:
         message = wire.Trouble(str(error))
     with contextlib.suppress(OSError):  # nobody waits for it any more
         wire.put(sys.stdout.buffer, message)
-    os._exit(0)  # the thread still reads
 
 
 async def _work(plan: wire.Plan, told: IO[bytes], out: IO[bytes]) -> wire.Message:
@@ -50,6 +59,7 @@ async def _work(plan: wire.Plan, told: IO[bytes], out: IO[bytes]) -> wire.Messag
             wire.put(out, wire.Progress(done))
 
     drive = Drive(plan, await Dial.found(plan.endpoint), tell)
+    loop.set_exception_handler(drive.broke)
     wire.put(out, wire.Ready())
     go = await loop.run_in_executor(None, wire.get, told)
     if not isinstance(go, wire.Go):
