@@ -10,7 +10,7 @@ from tests.docs.test_docs import ROOT, blocks
 from tests.support import run
 from tokenworks.engine.work import Limits
 from tokenworks.sched.config import CLASSES, ClassRules, Policy, Router, ScaleRules
-from tokenworks.sched.job import FOLLOWS
+from tokenworks.sched.job import Stage
 from tokenworks.twin.scenario import (
     CapChange,
     Chance,
@@ -57,9 +57,7 @@ def test_every_workload_and_route_is_told() -> None:
 def test_the_stages_told_are_the_table() -> None:
     rows = re.findall(r"^\| `(\w+)` \| ((?:`\w+`(?:, )?)+) \|$", SCHEDULER, re.MULTILINE)
     told = {stage: re.findall(r"`(\w+)`", after) for stage, after in rows}
-    assert told == {
-        stage.value: [each.value for each in after] for stage, after in FOLLOWS.items() if after
-    }
+    assert told == {s.value: [each.value for each in s.after] for s in Stage if s.after}
 
 
 def test_the_first_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,8 @@ def test_a_live_run_with_everything_in_it(tmp_path: Path) -> None:
         "ReplicaDown", "Drain", "PowerCapChanged", "RulesChanged", "added", "Accept", "Dispatch",
         "Abort",
     }  # fmt: skip
+    assert b'"whole":true' in data  # the batch's lines; the crowd's are streams
+    assert b'"whole":false' in data
     found = played(data)
     assert found.difference is None
     assert found.calls == data.count(b"\n") - 1 - data.count(b'\n{"added"')

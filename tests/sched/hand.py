@@ -104,7 +104,7 @@ class Hand:
         return {command.id for command in commands if isinstance(command, Abort)}
 
     def stage(self, ident: int) -> str:
-        return self.scheduler.jobs[ident].stage.value
+        return str(self.scheduler.jobs[ident].stage.value)
 
 
 def one(commands: Sequence[Command], kind: type[C]) -> C:

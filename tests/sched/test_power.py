@@ -31,9 +31,19 @@ def test_what_the_cap_allows_is_used_and_no_more() -> None:
     assert none(hand.come(8), Dispatch)
     assert hand.scheduler.power.reserved_w == pytest.approx(1004.4, abs=1)
     told = one(hand.come(9, "realtime"), Reject)
-    assert told.reason == "no_room"
+    assert told.reason == "power_cap"
+    assert told.retry_after_ns is not None  # when the other one is done
     assert none(hand.come(10, "flex"), Dispatch)
     assert one(hand.finish(3), Dispatch).id == 8
+
+
+def test_a_cap_under_which_nobody_keeps_the_bounds_is_named() -> None:
+    """Only the H100s keep them: waiting helps where one could work if the other didn't."""
+    hand = two_kinds(900)
+    told = one(hand.come(0, "realtime"), Reject)
+    assert (told.status, told.reason, told.retry_after_ns) == (429, "power_cap", None)
+    hand.tell(PowerCapChanged(None), 1)
+    assert one(hand.come(1, "realtime"), Dispatch).replica < 2
 
 
 def test_who_waited_for_watts_goes_on_when_there_are_more() -> None:

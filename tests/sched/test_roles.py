@@ -20,6 +20,7 @@ from tokenworks.sched.messages import (
     SendKv,
     Stopped,
 )  # fmt: skip
+from tokenworks.sched.prior import Prior
 
 QUIET = '[policy]\nroute = "latency"\nsuspect_s = 1e6\n'
 WAIT = "[classes.standard]\nwait_s = 600\n"
@@ -113,6 +114,27 @@ def test_where_the_target_is_gone_another_writes() -> None:
     hand.tell(ReplicaDown(target))
     other = 3 - target
     assert hand.first(0) == [SendKv(0, 0, other)]
+
+
+@pytest.mark.parametrize("gone", ["known", "learned"])
+def test_another_pools_writer_learns_nothing_from_a_promise_that_was_not_its_own(gone: str) -> None:
+    """One pool's speed is known, the other's is learned: neither model told the promise."""
+    room = "limits = { context_tokens = 4096 }"
+    pools = [pool(name, 1, "groq-3-lpu", room) for name in ("known", "learned")]
+    roles = {name: {"role": "decode"} for name in ("known", "learned")}
+    roles["learned"]["forecast"] = Prior()
+    hand = Hand(pool("reads", more=SEATS), *pools, QUIET, WAIT, change={**ROLES, **roles})
+    first, other = (1, 2) if gone == "known" else (2, 1)
+    hand.tell(ReplicaDown(other))
+    hand.come(0)
+    assert hand.scheduler.jobs[0].target == first
+    hand.tell(ReplicaUp(other))
+    hand.tell(ReplicaDown(first))
+    assert hand.first(0, 0.02) == [SendKv(0, 0, other)]
+    hand.tell(KvSent(0, 0, other), 0.03)
+    before = hand.replicas[other].tpot_drift.factor
+    hand.tell(Finished(0, other, 100), 0.9)
+    assert hand.replicas[other].tpot_drift.factor == before
 
 
 def test_where_nobody_can_write_it_waits_for_somebody() -> None:

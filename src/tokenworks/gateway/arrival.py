@@ -29,6 +29,7 @@ def arrival(exchange: "Exchange", number: int, without: tuple[int, ...] = ()) ->
         exchange.deadline_ns,
         exchange.served.key,
         without,
+        not (call.stream or call.assemble),
     )
 
 

@@ -79,7 +79,6 @@ class Scheduler(Watch):
         """
         replica = self._replica(spec)
         self.places.build()
-        self.offers.know(replica)
         self._scale.follow(self.rules.scale, self._tightest_ns())
         self.waiting.move(self.places, self._now_ns)
         return replica.index
@@ -92,7 +91,7 @@ class Scheduler(Watch):
             self.offers.relax(now_ns)
         name = event.service_class
         self._guard.note(name, now_ns)
-        if self.next_wakeup_ns() is None:
+        if not self.jobs and self.next_wakeup_ns() is None:
             self._tick_ns = now_ns
         group = self.places.arriving(event)
         if group is None:
@@ -104,16 +103,16 @@ class Scheduler(Watch):
         expected = self.outputs[name].value
         tokens = int(expected if event.max_tokens is None else min(expected, event.max_tokens))
         job = Job(event, now_ns, max(tokens, 1), group)
-        rules = self._classes[name]
+        ttft_bound_ns, tpot_bound_ns = self._bounds_ns[name]
         if job.ttft_bound_ns is None:
-            job.ttft_bound_ns = rules.ttft_ns
+            job.ttft_bound_ns = ttft_bound_ns
         if job.tpot_bound_ns is None:
-            job.tpot_bound_ns = rules.tpot_ns
+            job.tpot_bound_ns = tpot_bound_ns
         self.jobs[event.id] = job
         if name == "realtime":
             self._admit_realtime(job, now_ns)
             return
-        blocked = self.waiting.claimed(name)
+        blocked = self.waiting.claimed(name) if self.waiting.count else 0
         if not group.mask & ~blocked or not self._place(job, now_ns, blocked):
             self._admit_queued(job, now_ns)
 
@@ -132,14 +131,7 @@ class Scheduler(Watch):
         replica = self.replicas[event.replica]
         replica.read(job, now_ns)
         job.written_ns = now_ns
-        took_ns = now_ns - job.sent_ns
-        if replica.learned is None:
-            replica.ttft_drift.learn(job.prior_ttft_ns, took_ns)
-        else:
-            replica.learned.has_read(
-                job.sole_tokens or job.read_tokens, job.alone_ns, took_ns, replica.ttft_drift,
-                job.prior_ttft_ns, sole=job.sole_tokens > 0,
-            )  # fmt: skip
+        self._learn_read(job, replica, now_ns - job.sent_ns, sole=job.sole_tokens > 0)
         self.promises.first_token(job, now_ns)
         if job.prefill_only:
             self._pass_on(job, replica, now_ns)
@@ -151,11 +143,6 @@ class Scheduler(Watch):
         self._let_in(replica)
         if self.waiting.count:  # its next prompt may come
             self._pump(now_ns)
-
-    def _writes(self, job: Job, replica: Replica, now_ns: int) -> None:
-        job.writing_ns, job.read_before_ns = now_ns, replica.has_read_ns
-        if replica.learned is not None:
-            job.seen = replica.so_far(now_ns)
 
     def _pass_on(self, job: Job, source: Replica, now_ns: int) -> None:
         """Its prompt is read; it goes on where its seat is, or where there is another."""
@@ -184,18 +171,49 @@ class Scheduler(Watch):
             if job.writing_ns >= 0:
                 self._learn(job, replica, (now_ns - job.writing_ns) / said, said, now_ns)
             self.promises.finished(job, (now_ns - job.written_ns) / said, now_ns)
-        self._take_off(job, now_ns)
+        elif said >= 0 and job.written_ns < 0 and not was_stopping and not job.done_tokens:
+            self._learn_whole(job, replica, said, now_ns)
+        replica.remove(job, now_ns)
+        if job.target >= 0:
+            self.replicas[job.target].remove(job, now_ns)
         del self.jobs[event.id]
         name = job.arrived.service_class
         self._settle(job, event.output_tokens)
-        self.outputs[name].learn(event.output_tokens)
+        output = self.outputs[name]
+        output.learn(event.output_tokens)
         if job.tpot_bound_ns is not None:
-            self.offers.written_tokens = self.outputs[name].value
-        self._pump(now_ns)
+            self.offers.written_tokens = output.value
+        if self.waiting.count:
+            self._pump(now_ns)
         if replica.state == "leaving":
             self._see_off(replica)
 
+    def _learn_read(self, job: Job, replica: Replica, took_ns: float, *, sole: bool) -> None:
+        if replica.learned is None:
+            replica.ttft_drift.learn(job.prior_ttft_ns, took_ns)
+        else:
+            replica.learned.has_read(
+                job.sole_tokens or job.read_tokens, job.alone_ns, took_ns, replica.ttft_drift,
+                job.prior_ttft_ns, sole=sole,
+            )  # fmt: skip
+
+    def _learn_whole(self, job: Job, replica: Replica, said: int, now_ns: int) -> None:
+        """Only how long all of it took is known. The larger part by the forecast, reading or
+        writing, is taken to be off as the whole is; of the other one nothing is learned.
+        """
+        read_ns = job.prior_ttft_ns * replica.ttft_drift.factor
+        write_ns = said * job.prior_tpot_ns * replica.tpot_drift.factor
+        ratio = (now_ns - job.sent_ns) / max(read_ns + write_ns, 1.0)
+        if write_ns <= read_ns:
+            self._learn_read(job, replica, ratio * read_ns, sole=False)
+        elif job.writing_ns >= 0:
+            self._learn(job, replica, ratio * write_ns / said, said, now_ns)
+        self.promises.whole(job, said, now_ns)
+        self._let_in(replica)
+
     def _learn(self, job: Job, replica: Replica, tpot_ns: float, said: int, now_ns: int) -> None:
+        if (replica.learned is None) != (not job.learned):
+            return  # its promise was of one who is gone, by another kind of model
         if replica.learned is None:
             told_ns = job.prior_tpot_ns
             if job.promise is None:  # batch: that others came after it is no drift
@@ -316,7 +334,9 @@ class Scheduler(Watch):
         self.rules = rules = event.rules
         self._know_classes()
         self.waiting.follow(rules)
-        self.offers.follow(rules)
+        self.offers.route = rules.policy.route
+        for pool in self.pools.values():
+            pool.aim(rules.policy.confidence)
         self.promises.confidence = rules.policy.confidence
         self._guard = Guard(self._classes, rules.policy, self._guard)
         self._scale.follow(rules.scale, self._tightest_ns())

@@ -11,8 +11,9 @@ from tokenworks.sched.guard import Guard, tightest
 from tokenworks.sched.job import Job, Stage
 from tokenworks.sched.learned import Learned
 from tokenworks.sched.messages import Abort, Accept, Command, Dispatch, Reject, SendKv
-from tokenworks.sched.offers import Offer, Offers, cheapest
+from tokenworks.sched.offers import Offer, Offers
 from tokenworks.sched.places import Group, Places
+from tokenworks.sched.pool import Pool
 from tokenworks.sched.power import Power
 from tokenworks.sched.prior import Prior
 from tokenworks.sched.promise import Mean
@@ -35,6 +36,7 @@ class Desk:
     def __init__(self, specs: Sequence[Spec], rules: Rules) -> None:
         rules.check()
         self.rules = rules
+        self.pools: dict[str, Pool] = {}
         self._models: dict[tuple[str, Prior], Learned] = {}
         self.replicas: list[Replica] = []
         for spec in specs:
@@ -44,10 +46,11 @@ class Desk:
         self.places = Places(self.replicas)
         self.waiting = Waiting(rules)
         self._classes: dict[ServiceClass, ClassRules] = {}
+        self._bounds_ns: dict[ServiceClass, tuple[int | None, int | None]] = {}
         self._waits_ns: dict[ServiceClass, int] = {}
         self._know_classes()
         self.offers = Offers(self.replicas, rules, self.power)
-        self.promises = Promises(self.offers, rules.policy.confidence)
+        self.promises = Promises(rules.policy.confidence)
         self._guard = Guard(self._classes, rules.policy)
         self._scale = Scale(self.replicas, rules.scale, self.power, self._tightest_ns())
         self.outputs = {name: Mean(_EXPECTED_TOKENS) for name in CLASSES}
@@ -60,8 +63,9 @@ class Desk:
 
     def _know_classes(self) -> None:
         for name in CLASSES:
-            self._classes[name] = self.rules.classes.get(name, ClassRules())
-            self._waits_ns[name] = self._classes[name].wait_ns
+            self._classes[name] = rules = self.rules.classes.get(name, ClassRules())
+            self._bounds_ns[name] = (rules.ttft_ns, rules.tpot_ns)
+            self._waits_ns[name] = rules.wait_ns
 
     def _tightest_ns(self) -> int | None:
         bounds = [c.tpot_ns for c in self.rules.classes.values() if c.tpot_ns is not None]
@@ -71,7 +75,10 @@ class Desk:
         learned = None
         if isinstance(spec.forecast, Prior):
             learned = self._models.setdefault((spec.pool, spec.forecast), Learned(spec.forecast))
-        replica = Replica(len(self.replicas), spec, learned)
+        pool = self.pools.get(spec.pool)
+        if pool is None:
+            pool = self.pools[spec.pool] = Pool(spec.pool, self.rules.policy.confidence)
+        replica = Replica(len(self.replicas), spec, pool, learned)
         self.replicas.append(replica)
         return replica
 
@@ -84,13 +91,19 @@ class Desk:
             offers = self.offers.all(job, now_ns, alike=False)
             keeping = [offer for offer in offers if offer.keeps(job)]
         if keeping:
-            self._dispatch(job, cheapest(keeping), now_ns)
+            self._dispatch(job, self.offers.cheapest(keeping, job, now_ns), now_ns)
             return
         found = make_room(job, self.offers, self.power, lambda o: o.keeps(job), now_ns)
         if found is not None:
             self._take_room(job, found[0], found[1], now_ns)
             return
         self._doubts = True
+        held = self._held_back(job, now_ns)
+        if held:
+            can_be = any(self.power.could_allow(o.replica, o.target) for o in held)
+            wait_ns = self._seat_in_ns(job.group, now_ns) if can_be else None
+            self._reject(job, 429, "power_cap", wait_ns)
+            return
         if not offers:
             self._reject(job, 429, "no_room", self._seat_in_ns(job.group, now_ns))
             return
@@ -103,6 +116,15 @@ class Desk:
             self._reject(job, 429, "ttft_bound", late_ns if can_be else None)
         else:
             self._reject(job, 429, "tpot_bound", self._seat_in_ns(job.group, now_ns))
+
+    def _held_back(self, job: Job, now_ns: int) -> list[Offer]:
+        """What would keep its bounds, but for the power cap."""
+        cap_w, self.power.cap_w = self.power.cap_w, None
+        try:
+            offers = [] if cap_w is None else self.offers.all(job, now_ns)
+            return [offer for offer in offers if offer.keeps(job)]
+        finally:
+            self.power.cap_w = cap_w
 
     def _admit_queued(self, job: Job, now_ns: int) -> None:
         """Let it wait if the wait is short enough."""
@@ -149,10 +171,10 @@ class Desk:
             # On one that is idle nobody is kept from coming who isn't kept by waiting for it.
             writer = offer.writer
             if bounds_ns and writer.jobs:
-                pool, factor = writer.spec.pool, 1.0
+                pool, factor = writer.pool, 1.0
                 # Care that was learned when it was overfull must not leave it overfull.
-                if not writer.realtime and not self.offers.is_tight(pool, now_ns):
-                    factor = self.offers.tpot[pool].factor(0)
+                if not writer.realtime and not pool.is_tight(now_ns):
+                    factor = pool.tpot.factor(0)
                 bound_ns = tightest(bounds_ns, writer, factor)
                 return bound_ns is None or offer.tpot_ns <= bound_ns
             return True
@@ -163,9 +185,10 @@ class Desk:
             fitting = [offer for offer in every if fits(offer)]
         if fitting:
             for offer in fitting:
-                self.offers.finish(offer, job, now_ns)
-            keeping = [offer for offer in fitting if offer.keeps(job)]
-            self._dispatch(job, cheapest(keeping or fitting), now_ns)
+                offer.finish(now_ns)
+            if len(fitting) > 1:
+                fitting = [offer for offer in fitting if offer.keeps(job)] or fitting
+            self._dispatch(job, self.offers.cheapest(fitting, job, now_ns), now_ns)
             return True
         if job.is_spare:
             return False
@@ -183,10 +206,11 @@ class Desk:
 
     def _dispatch(self, job: Job, offer: Offer, now_ns: int) -> None:
         replica, writer = offer.replica, offer.writer
+        token_j = writer.more_j(job)
         if job.is_realtime and writer.spec.is_exclusive and writer.spare:
             self._make_way(writer, now_ns)
         if not job.accepted:
-            self.promises.offered(job, offer)
+            self.promises.offered(job, offer, token_j)
             self._accept(job)
         if job.stage is Stage.QUEUED:
             line = self.waiting.line(job)
@@ -197,11 +221,13 @@ class Desk:
         job.enter(Stage.READING)
         job.sent_ns = now_ns
         job.prior_ttft_ns, job.prior_tpot_ns = offer.ttft_prior_ns, offer.tpot_prior_ns
-        job.alone_ns = replica.forecast.alone(offer.tokens)[0]
+        job.alone_ns = offer.alone_ns
         job.sole_tokens = 0 if replica.reading else offer.tokens
         job.learned = () if writer.learned is None else writer.learned.steps
         job.replica = replica.index
-        replica.add(job, offer.tokens, now_ns)
+        replica.add(job, offer.tokens, offer.alone_ns, now_ns)
+        if job.is_whole:
+            self._writes(job, replica, now_ns)
         if writer is not replica:
             job.target, job.prefill_only = writer.index, True
             writer.expect(job, now_ns)
@@ -210,10 +236,13 @@ class Desk:
         self.waiting.charge(job, job.charged_tokens)
         rank = CLASSES.index(job.arrived.service_class)
         self._out.append(
-            Dispatch(
-                job.arrived.id, replica.index, rank, job.prefill_only, offer.read_j, offer.token_j
-            )
+            Dispatch(job.id, replica.index, rank, job.prefill_only, offer.read_j, token_j)
         )
+
+    def _writes(self, job: Job, replica: Replica, now_ns: int) -> None:
+        job.writing_ns, job.read_before_ns = now_ns, replica.has_read_ns
+        if replica.learned is not None:
+            job.seen = replica.so_far(now_ns)
 
     def _make_way(self, replica: Replica, now_ns: int) -> None:
         """What may not run beside real-time work stops; what its client saw goes on later."""
@@ -229,8 +258,6 @@ class Desk:
         """Dispatch from the queues while there is room: the more urgent class first. Who finds none
         keeps those behind off the replicas that could serve him.
         """
-        if not self.waiting.count:
-            return
         blocked = 0
         for queue in self.waiting.queues.values():
             if not queue.count:
@@ -268,7 +295,7 @@ class Desk:
             job.target = target.index
             target.expect(job, now_ns)
         job.moved_ns = now_ns
-        self._out.append(SendKv(job.arrived.id, source.index, target.index))
+        self._out.append(SendKv(job.id, source.index, target.index))
 
     def _hand_over(self, job: Job, source: Replica, now_ns: int) -> None:
         """A request that a leaving replica writes goes on elsewhere if it can."""
@@ -282,7 +309,7 @@ class Desk:
 
     def _stop(self, job: Job) -> None:
         job.enter(Stage.STOPPING)
-        self._out.append(Abort(job.arrived.id, job.replica))
+        self._out.append(Abort(job.id, job.replica))
 
     def _take_off(self, job: Job, now_ns: int) -> None:
         """It is on no replica's books any more."""
@@ -310,17 +337,18 @@ class Desk:
 
     def _accept(self, job: Job) -> None:
         job.accepted = True
-        self._out.append(Accept(job.arrived.id, job.promise))
+        self._out.append(Accept(job.id, job.promise))
 
     def _reject(self, job: Job, status: int, reason: str, retry_ns: int | None) -> None:
         job.enter(Stage.DONE)
-        del self.jobs[job.arrived.id]
+        del self.jobs[job.id]
         # A prompt may be too long for its bound anywhere: that says nothing about room.
         if status == 429 and reason != "ttft_bound":
-            self.offers.tighten(job.group.pools, self._now_ns)
+            for pool in job.group.pools:
+                pool.tight_ns = self._now_ns
         if retry_ns is not None:
             retry_ns = max(retry_ns, _LEAST_RETRY_NS)
-        self._out.append(Reject(job.arrived.id, status, reason, retry_ns))
+        self._out.append(Reject(job.id, status, reason, retry_ns))
 
     def _seat_in_ns(self, group: Group, now_ns: int) -> int:
         """When somebody will probably have left: a mean answer's time over all that are at work."""

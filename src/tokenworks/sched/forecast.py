@@ -118,9 +118,10 @@ class Forecast:
         (low_ns, low_j), (high_ns, high_j) = self._grid[at - 1], self._grid[at]
         return low_ns + share * (high_ns - low_ns), low_j + share * (high_j - low_j)
 
-    def read_ns(self, tokens: int, count: int, step_ns: float) -> float:
-        """How long reading a prompt takes beside `count` sequences whose steps take `step_ns`."""
-        alone_ns: float = self.alone(tokens)[0]
+    def read_ns(self, tokens: int, alone_ns: float, count: int, step_ns: float) -> float:
+        """How long reading a prompt, `alone_ns` by itself, takes beside `count` sequences whose
+        steps take `step_ns`.
+        """
         if not count or self._reads_apart:
             return alone_ns
         steps = -(-tokens // max(self.step_tokens - count, 1))

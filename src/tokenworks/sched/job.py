@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from tokenworks.sched.messages import Arrived, Promise
+from tokenworks.sched.pool import FILLS
 
 if TYPE_CHECKING:
     from tokenworks.sched.places import Group
+    from tokenworks.sched.pool import Pool
 
 
 class Stage(Enum):
-    """Where a request is."""
+    """Where a request is. The table below says what may follow what."""
 
     NEW = "new"
     QUEUED = "queued"
@@ -22,17 +24,21 @@ class Stage(Enum):
     STOPPING = "stopping"
     DONE = "done"
 
+    after: tuple[Stage, ...]  # what may follow; compared by identity, which costs nothing
+
 
 # docs/scheduler.md draws this table.
-FOLLOWS: Final = {
-    Stage.NEW: (Stage.QUEUED, Stage.READING, Stage.DONE),
-    Stage.QUEUED: (Stage.READING, Stage.DONE),
-    Stage.READING: (Stage.WRITING, Stage.SENDING, Stage.STOPPING, Stage.QUEUED, Stage.DONE),
-    Stage.WRITING: (Stage.SENDING, Stage.STOPPING, Stage.QUEUED, Stage.DONE),
-    Stage.SENDING: (Stage.WRITING, Stage.READING, Stage.STOPPING, Stage.QUEUED, Stage.DONE),
-    Stage.STOPPING: (Stage.QUEUED, Stage.DONE),
-    Stage.DONE: (),
-}
+Stage.NEW.after = (Stage.QUEUED, Stage.READING, Stage.DONE)
+Stage.QUEUED.after = (Stage.READING, Stage.DONE)
+Stage.READING.after = (
+    Stage.WRITING, Stage.SENDING, Stage.STOPPING, Stage.QUEUED, Stage.DONE
+)  # fmt: skip
+Stage.WRITING.after = (Stage.SENDING, Stage.STOPPING, Stage.QUEUED, Stage.DONE)
+Stage.SENDING.after = (
+    Stage.WRITING, Stage.READING, Stage.STOPPING, Stage.QUEUED, Stage.DONE
+)  # fmt: skip
+Stage.STOPPING.after = (Stage.QUEUED, Stage.DONE)
+Stage.DONE.after = ()
 
 
 class Job:
@@ -42,21 +48,23 @@ class Job:
 
     __slots__ = (
         "accepted", "alone_ns", "arrived", "arrived_ns", "avoided", "charged_tokens", "context",
-        "done_tokens", "fill", "forecast_tpot_ns", "forecast_ttft_ns", "group", "is_realtime",
-        "is_spare", "learned", "moved_ns", "need_tokens", "output_tokens", "prefill_only",
-        "prior_tpot_ns", "prior_ttft_ns", "promise", "promised", "queued_ns", "read_before_ns",
-        "read_tokens",
-        "replica", "seen", "sent_ns", "sole_tokens", "stage", "target", "tpot_bound_ns",
-        "ttft_bound_ns", "was_lost", "was_queued", "writing_ns", "written_ns",
+        "done_tokens", "fill", "forecast_tpot_ns", "forecast_ttft_ns", "group", "id",
+        "is_realtime", "is_spare", "is_whole", "learned", "level", "moved_ns", "need_tokens",
+        "output_tokens", "prefill_only", "prior_tpot_ns", "prior_ttft_ns", "promise", "promised",
+        "queued_ns", "read_before_ns", "read_tokens", "replica", "seen", "sent_ns", "sole_tokens",
+        "stage", "target", "tpot_bound_ns", "ttft_bound_ns", "was_lost", "was_queued",
+        "writing_ns", "written_ns",
     )  # fmt: skip
 
     def __init__(self, arrived: Arrived, now_ns: int, output_tokens: int, group: Group) -> None:
-        self.arrived = arrived
+        self.arrived, self.id = arrived, arrived.id
         self.arrived_ns = self.queued_ns = now_ns
         self.stage = Stage.NEW
         self.group = group
         self.is_realtime = arrived.service_class == "realtime"
         self.is_spare = arrived.service_class in ("flex", "batch")
+        self.is_whole = arrived.whole
+        self.level = 0 if self.is_realtime else 2 * FILLS if self.is_spare else FILLS
         self.accepted = False
         self.avoided: frozenset[str] = frozenset()  # pools that can't take it
         self.was_queued = self.was_lost = self.prefill_only = False
@@ -67,7 +75,8 @@ class Job:
         self.context = arrived.prompt_tokens + output_tokens / 2
         self.read_tokens = arrived.prompt_tokens
         self.promise: Promise | None = None
-        self.promised: tuple[str, int, str, int] = ("", 0, "", 0)
+        # Whose promise it is, by first and by further tokens, each with its number in the pool.
+        self.promised: tuple[Pool, int, Pool, int] | None = None
         self.fill = 0  # of the replica that promised, then
         self.prior_ttft_ns = self.prior_tpot_ns = 0.0
         self.forecast_ttft_ns = self.forecast_tpot_ns = 0.0
@@ -84,5 +93,5 @@ class Job:
 
     def enter(self, stage: Stage) -> None:
         """Go on; only as the table allows."""
-        assert stage in FOLLOWS[self.stage], (self.stage, stage)
+        assert stage in self.stage.after, (self.stage, stage)
         self.stage = stage

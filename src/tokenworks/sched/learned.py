@@ -7,6 +7,7 @@ whose drifts (`promise.Drift`) say what the model doesn't: what it says anew is 
 """
 
 from collections.abc import Sequence
+from itertools import combinations_with_replacement
 from math import log
 from typing import Final
 
@@ -35,22 +36,24 @@ class Regression:
     def __init__(self, first: Sequence[float]) -> None:
         self._unit = [max(each, 1e-9) for each in first]
         size = range(len(first))
-        self._products = [[0.0 for _ in size] for _ in size]
+        pairs = list(combinations_with_replacement(size, 2))
+        self._products = [0.0 for _ in pairs]
+        self._at = [[pairs.index((min(i, j), max(i, j))) for j in size] for i in size]
         self._sums = [0.0 for _ in size]
         self._seen = 0
         self.found = tuple(first)
 
-    def learn(self, features: Sequence[float], y: float) -> None:
-        """One measurement."""
+    def learn(self, features: Sequence[float], y: float) -> bool:
+        """One measurement. Whether the coefficients were found anew."""
         x = [each * unit / y for each, unit in zip(features, self._unit, strict=True)]
-        for i, row in enumerate(self._products):
-            own = x[i]
-            self._sums[i] = _MEMORY * self._sums[i] + own
-            for j, other in enumerate(x):
-                row[j] = _MEMORY * row[j] + own * other
+        self._sums = [_MEMORY * old + a for old, a in zip(self._sums, x, strict=True)]
+        pairs = zip(self._products, combinations_with_replacement(x, 2), strict=True)
+        self._products = [_MEMORY * old + a * b for old, (a, b) in pairs]
         self._seen += 1
-        if self._seen <= _EAGER or not self._seen % _SELDOM:
-            self._find()
+        if self._seen > _EAGER and self._seen % _SELDOM:
+            return False
+        self._find()
+        return True
 
     def _find(self) -> None:
         used = list(range(len(self._unit)))
@@ -64,22 +67,26 @@ class Regression:
 
     def _solve(self, used: Sequence[int]) -> dict[int, float]:
         """Those in use; the others are nought."""
-        rows = [
-            [self._products[i][j] + (_FIRST if i == j else 0.0) for j in used]
-            + [self._sums[i] + _FIRST]
-            for i in used
-        ]
-        size = len(rows)
-        for i in range(size):  # positive definite: no pivots needed
-            pivot = rows[i]
-            for k in range(i + 1, size):
-                factor = rows[k][i] / pivot[i]
+        products, size = self._products, len(used)
+        rows: list[list[float]] = []
+        for i in used:
+            at = self._at[i]
+            row = [products[at[j]] for j in used]
+            row[len(rows)] += _FIRST
+            row.append(self._sums[i] + _FIRST)
+            rows.append(row)
+        for i, pivot in enumerate(rows):  # positive definite: no pivots needed
+            for row in rows[i + 1 :]:
+                factor = row[i] / pivot[i]
                 if factor:
-                    rows[k] = [a - factor * b for a, b in zip(rows[k], pivot, strict=True)]
+                    for j in range(i + 1, size + 1):
+                        row[j] -= factor * pivot[j]
         found = [0.0] * size
         for i in reversed(range(size)):
-            known = sum(rows[i][j] * found[j] for j in range(i + 1, size))
-            found[i] = (rows[i][size] - known) / rows[i][i]
+            row, known = rows[i], 0.0
+            for j in range(i + 1, size):
+                known += row[j] * found[j]
+            found[i] = (row[size] - known) / row[i]
         return dict(zip(used, found, strict=True))
 
 
@@ -91,7 +98,7 @@ class Learned:
 
     def __init__(self, prior: Prior) -> None:
         self.prior, self.step_tokens = prior, prior.step_tokens
-        self.peak_w = prior.busy_w
+        self.peak_w = self._busy_w = prior.busy_w
         self._steps = Regression(
             (prior.step_ns, prior.sequence_ns, prior.context_ns, prior.read_ns_per_token)
         )
@@ -114,20 +121,23 @@ class Learned:
             return 0.0
         steps = self.steps
         step_ns = steps[0] + steps[1] * count + steps[2] * context_tokens
-        return max(step_ns, self._least_ns)
+        return step_ns if step_ns > self._least_ns else self._least_ns
 
     def energy_j(self, count: int, context_tokens: float) -> float:
         """Joules of such a step."""
-        return self.step_ns(count, context_tokens) * 1e-9 * self.prior.busy_w
+        return self.step_ns(count, context_tokens) * 1e-9 * self._busy_w
 
     def alone(self, tokens: int) -> tuple[float, float]:
         """Nanoseconds and joules of reading a prompt alone."""
-        ns = max(self._read_ns + self._token_ns * tokens, self._least_ns)
-        return ns, ns * 1e-9 * self.prior.busy_w
+        ns = self._read_ns + self._token_ns * tokens
+        if ns < self._least_ns:
+            ns = self._least_ns
+        return ns, ns * 1e-9 * self._busy_w
 
-    def read_ns(self, tokens: int, count: int, step_ns: float) -> float:
-        """How long reading a prompt takes beside `count` sequences whose steps take `step_ns`."""
-        alone_ns = self.alone(tokens)[0]
+    def read_ns(self, tokens: int, alone_ns: float, count: int, step_ns: float) -> float:
+        """How long reading a prompt, `alone_ns` by itself, takes beside `count` sequences whose
+        steps take `step_ns`.
+        """
         if not count:
             return alone_ns
         steps = -(-tokens // max(self.prior.step_tokens - count, 1))
@@ -143,18 +153,24 @@ class Learned:
         context in all, while so many tokens of prompts were read for each of its own. It was told
         `prior_ns` when the model was `then`.
         """
-        seen = (1.0, count, context, read)
-        before_ns = max(_sum(self.steps, seen), self._least_ns)
-        self._steps.learn(seen, max(token_ns, 1.0))
-        self._know()
-        now_ns = max(_sum(self.steps, seen), self._least_ns)
-        self._untold_step += log(now_ns / before_ns)
-        if abs(self._untold_step) > _TOLD:
-            for _, each in self.drifts:
-                each.shift(self._untold_step)
-            self._untold_step = 0.0
-        then_ns = max(_sum(then, seen), self._least_ns)
+        now_ns = self._written_ns(self.steps, count, context, read)
+        if self._steps.learn((1.0, count, context, read), max(token_ns, 1.0)):
+            self._know()
+            before_ns, now_ns = now_ns, self._written_ns(self.steps, count, context, read)
+            self._untold_step += log(now_ns / before_ns)
+            if abs(self._untold_step) > _TOLD:
+                for _, each in self.drifts:
+                    each.shift(self._untold_step)
+                self._untold_step = 0.0
+        then_ns = self._written_ns(then, count, context, read)
         drift.learn(prior_ns * now_ns / then_ns, token_ns)
+
+    def _written_ns(
+        self, found: tuple[float, ...], count: float, context: float, read: float
+    ) -> float:
+        """Of one token, as a model says that has these coefficients."""
+        said_ns = found[0] + found[1] * count + found[2] * context + found[3] * read
+        return max(said_ns, self._least_ns)
 
     def has_read(
         self, tokens: int, then_ns: float, took_ns: float, drift: Drift, prior_ns: float, *,
@@ -163,17 +179,13 @@ class Learned:
         """A prompt had its first token after so long. It was told `prior_ns` when reading it alone
         was thought to take `then_ns`. `sole`: nobody was read before it.
         """
-        if sole:
-            before_ns = self.alone(tokens)[0]
-            self._reads.learn((1.0, float(tokens)), max(took_ns, 1.0))
+        now_ns = self.alone(tokens)[0]
+        if sole and self._reads.learn((1.0, float(tokens)), max(took_ns, 1.0)):
             self._know()
-            self._untold_read += log(self.alone(tokens)[0] / before_ns)
+            before_ns, now_ns = now_ns, self.alone(tokens)[0]
+            self._untold_read += log(now_ns / before_ns)
             if abs(self._untold_read) > _TOLD:
                 for each, _ in self.drifts:
                     each.shift(self._untold_read)
                 self._untold_read = 0.0
-        drift.learn(prior_ns * self.alone(tokens)[0] / then_ns, took_ns)
-
-
-def _sum(found: tuple[float, ...], seen: tuple[float, ...]) -> float:
-    return sum(a * b for a, b in zip(found, seen, strict=True))
+        drift.learn(prior_ns * now_ns / then_ns, took_ns)

@@ -33,7 +33,8 @@ class Arrived(msgspec.Struct, frozen=True, tag=True, gc=False):
     """A request. `max_tokens`: the longest answer its caller takes, if he says so. Bounds of its
     own go before its class's. `prefix`: chained hashes of the prompt's leading full blocks.
     `model`: the one it asks for; only replicas of that very name serve it. `without`: replicas that
-    it shall not go to, as the one that a hedge is for.
+    it shall not go to, as the one that a hedge is for. `whole`: its answer comes in one piece, so
+    that no FirstToken is told where it is read and written in one place.
     """
 
     id: int
@@ -48,6 +49,7 @@ class Arrived(msgspec.Struct, frozen=True, tag=True, gc=False):
     deadline_ns: int | None = None
     model: str = ""
     without: tuple[int, ...] = ()
+    whole: bool = False
 
 
 class FirstToken(msgspec.Struct, frozen=True, tag=True, gc=False):

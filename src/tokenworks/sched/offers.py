@@ -3,17 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from tokenworks.sched.config import Rules
+from tokenworks.sched.config import Router, Rules
 from tokenworks.sched.job import Job
+from tokenworks.sched.pool import Pool
 from tokenworks.sched.power import Power
 from tokenworks.sched.prefixes import PrefixIndex
-from tokenworks.sched.promise import Calibrator, Conditional
 from tokenworks.sched.replica import Replica
 from tokenworks.units import NS_PER_S
 
-_FILLS: Final = 5
-_FULL: Final = 1 << (_FILLS - 2)
-_CALM_NS: Final = 60 * NS_PER_S  # without a refusal, after which saving goes first again
 _STALE_NS: Final = 10 * NS_PER_S  # after which what was learned is doubted
 _MUTE_NS: Final = NS_PER_S  # the same, where nobody is there who was promised anything
 _RISKY: Final = 2.0  # a promise of a time per token over its forecast
@@ -22,50 +19,71 @@ _LOOK: Final = 16  # replicas of a pool that are looked at closely, of those at 
 _NOTHING: Final[Mapping[int, int]] = {}
 
 
-def fill(replica: Replica, job: Job) -> int:
-    """How full it is, as a condition of promises: the fuller, the less one request more matters.
-    Classes are apart: real-time is let in where it is well served, flex when there is little else,
-    so that more is to come.
-    """
-    count = len(replica.jobs)
-    level = _FILLS - 1 if count >= _FULL else count.bit_length()
-    if job.is_realtime:
-        return level
-    return level + (2 * _FILLS if job.is_spare else _FILLS)
-
-
 def _load(replica: Replica) -> int:
     return len(replica.jobs)
 
 
 class Offer:
-    """What a replica could do for a request of which it must read `tokens`; or two, the second of
-    which, `target`, gets its cache and writes. `writer` is who writes.
+    """What a replica could do for a request of which it has `hit` tokens in its cache; or two, the
+    second of which, `target`, gets its cache and writes. `writer` is who writes.
+
+    It is made with its time per token; `finish` and `price` add the rest. `written_tokens`: of an
+    answer.
     """
 
     __slots__ = (
-        "cost",
-        "harms",
-        "read_j",
-        "replica",
-        "target",
-        "token_j",
-        "tokens",
-        "tpot_forecast_ns",
-        "tpot_ns",
-        "tpot_prior_ns",
-        "ttft_ns",
-        "ttft_prior_ns",
-        "writer",
+        "alone_ns", "cost", "harms", "read_j", "replica", "target", "tokens", "tpot_forecast_ns",
+        "tpot_ns", "tpot_prior_ns", "ttft_forecast_ns", "ttft_ns", "ttft_prior_ns", "writer",
     )  # fmt: skip
 
-    def __init__(self, replica: Replica, tokens: int, target: Replica | None) -> None:
-        self.replica, self.tokens, self.target = replica, tokens, target
-        self.writer = replica if target is None else target
-        self.cost = self.read_j = self.token_j = 0.0
-        self.ttft_ns = self.tpot_ns = self.ttft_prior_ns = self.tpot_prior_ns = 0.0
-        self.tpot_forecast_ns = 0.0
-        self.harms = False  # whether it would probably break a bound of somebody who is there
+    def __init__(
+        self, job: Job, replica: Replica, hit: int, now_ns: int, written_tokens: float,
+        target: Replica | None = None,
+    ) -> None:  # fmt: skip
+        self.replica, self.target = replica, target
+        self.writer = writer = replica if target is None else target
+        self.tokens = max(job.read_tokens - hit, 1)  # that it must read
+        self.alone_ns, self.read_j = replica.forecast.alone(self.tokens)
+        self.tpot_prior_ns = writer.tpot_ns(job.context, now_ns)
+        forecast_ns = self.tpot_prior_ns * writer.tpot_drift.factor
+        if target is not None:  # between the first token and the second
+            forecast_ns += target.transfer_ns(replica, job.read_tokens) / job.output_tokens
+        self.tpot_forecast_ns = forecast_ns
+        self.tpot_ns = forecast_ns * writer.pool.tpot.factor(writer.level + job.level)
+        # Whether it would probably break a bound of somebody who is there.
+        self.harms = False
+        if writer.tightest_ns is not None:
+            # Those who write there wait while its prompt is read.
+            if target is None:
+                forecast_ns += (replica.reading_ns(now_ns) + self.alone_ns) / written_tokens
+            self.harms = forecast_ns > writer.tightest_ns
+
+    def finish(self, now_ns: int) -> None:
+        """Its time to the first token."""
+        replica = self.replica
+        self.ttft_prior_ns = replica.ttft_ns(self.tokens, self.alone_ns, now_ns)
+        self.ttft_forecast_ns = self.ttft_prior_ns * replica.ttft_drift.factor
+        self.ttft_ns = self.ttft_forecast_ns * replica.pool.ttft.factor
+
+    def price(self, job: Job, now_ns: int, route: Router) -> None:
+        """What it costs all in all."""
+        replica, writer, tpot_ns = self.replica, self.writer, self.tpot_forecast_ns
+        pool = writer.pool
+        # Where times per token are that uncertain, filling up isn't worth what it breaks.
+        if route == "latency" or pool.tpot.all.factor > _RISKY or pool.is_tight(now_ns):
+            # Its own time, and what reading it costs those who are there.
+            own_ns = self.ttft_forecast_ns + job.output_tokens * tpot_ns
+            self.cost = own_ns + self.alone_ns * len(replica.jobs)
+        elif route == "energy":
+            self.cost = self.read_j + job.output_tokens * writer.shared_j(job)
+        else:
+            # The share of a replica's time that it takes, at the replica's price.
+            busy_ns = job.output_tokens * tpot_ns / (len(writer.jobs) + 1)
+            if writer is replica:
+                self.cost = (replica.usd_per_s or 0.0) * (busy_ns + self.alone_ns)
+            else:
+                read_usd = (replica.usd_per_s or 0.0) * self.alone_ns
+                self.cost = read_usd + (writer.usd_per_s or 0.0) * busy_ns
 
     def keeps(self, job: Job) -> bool:
         """Whether it meets the request's bounds."""
@@ -74,68 +92,21 @@ class Offer:
         return job.tpot_bound_ns is None or self.tpot_ns <= job.tpot_bound_ns
 
 
-def cheapest(offers: Sequence[Offer]) -> Offer:
-    """The one to take: of those that harm nobody, if there are any."""
-    best = offers[0]
-    for offer in offers:
-        if (offer.harms, offer.cost) < (best.harms, best.cost):
-            best = offer
-    return best
-
-
 class Offers:
-    """Asks replicas. `ttft`, `tpot`: calibrators of each pool; TTFT's also by whether it queued."""
+    """Asks replicas."""
 
     def __init__(self, replicas: Sequence[Replica], rules: Rules, power: Power) -> None:
         self._replicas, self._power = replicas, power
-        self._route = rules.policy.route
-        self._confidence = rules.policy.confidence
-        self.ttft: dict[tuple[str, bool], Calibrator] = {}
-        self.tpot: dict[str, Conditional] = {}
-        self._tight_ns: dict[str, int] = {}
-        self._judged_ns: dict[str, int] = {}
-        for replica in replicas:
-            self.know(replica)
+        self.route = rules.policy.route
         self._prefixes: PrefixIndex | None = None
         self.written_tokens = _WRITTEN_TOKENS  # of an answer with a bound
         self.left_out = False  # whether not all that are at work were looked at
 
-    def know(self, replica: Replica) -> None:
-        """One replica more."""
-        pool = replica.spec.pool
-        if pool not in self.tpot:
-            for queued in (False, True):
-                self.ttft[pool, queued] = Calibrator(self._confidence)
-            self.tpot[pool] = Conditional(self._confidence, 3 * _FILLS)
-            self._tight_ns[pool] = -_CALM_NS
-            self._judged_ns[pool] = 0
-
-    def judged(self, pool: str, now_ns: int) -> None:
-        """It was seen what became of a promise."""
-        self._judged_ns[pool] = now_ns
-
-    def follow(self, rules: Rules) -> None:
-        """From now on by these."""
-        self._route, self._confidence = rules.policy.route, rules.policy.confidence
-        for calibrator in self.ttft.values():
-            calibrator.aim(self._confidence)
-        for conditional in self.tpot.values():
-            conditional.aim(self._confidence)
-
-    def tighten(self, pools: Sequence[str], now_ns: int) -> None:
-        """Somebody was refused for want of room on these."""
-        for pool in pools:
-            self._tight_ns[pool] = now_ns
-
-    def is_tight(self, pool: str, now_ns: int) -> bool:
-        """Whether somebody was refused lately for want of room: saving goes second then."""
-        return now_ns - self._tight_ns[pool] < _CALM_NS
-
     def tight_mask(self, now_ns: int) -> int:
-        """The pools of which that is so, as bits."""
+        """The pools on which somebody was refused lately for want of room, as bits."""
         mask = 0
         for replica in self._replicas:
-            if self.is_tight(replica.spec.pool, now_ns):
+            if replica.pool.is_tight(now_ns):
                 mask |= replica.bit
         return mask
 
@@ -151,20 +122,20 @@ class Offers:
         for replica in stale:
             replica.ttft_drift.relax()
             replica.tpot_drift.relax()
-        heard_ns: dict[str, int] = {}
-        promised: set[str] = set()  # pools of which a verdict is to come
+        heard_ns: dict[Pool, int] = {}
+        promised: set[Pool] = set()  # pools of which a verdict is to come
         for replica in self._replicas:
-            pool = replica.spec.pool
+            pool = replica.pool
             heard_ns[pool] = max(heard_ns.get(pool, 0), replica.heard_ns)
             if any(job.promise is not None for job in replica.jobs.values()):
                 promised.add(pool)
         for pool, last_ns in heard_ns.items():
             # Batch work gets no promise, so it teaches nothing of them.
             mute = _MUTE_NS if pool not in promised else _STALE_NS
-            judged_ns = self._judged_ns[pool]
+            judged_ns = pool.judged_ns
             if now_ns - last_ns > _STALE_NS or (judged_ns and now_ns - judged_ns > mute):
-                self.ttft[pool, False].relax()
-                self.tpot[pool].relax()
+                pool.ttft.relax()
+                pool.tpot.relax()
 
     def all(self, job: Job, now_ns: int, *, alike: bool = True) -> list[Offer]:
         """Of each replica with room for the request; where many may be taken as `alike` (one pool,
@@ -172,17 +143,28 @@ class Offers:
         """
         offers = self.begun(job, now_ns, alike=alike)
         for offer in offers:
-            self.finish(offer, job, now_ns)
+            offer.finish(now_ns)
         return offers
 
+    def cheapest(self, offers: Sequence[Offer], job: Job, now_ns: int) -> Offer:
+        """The one to take: of those that harm nobody, if there are any."""
+        best = offers[0]
+        if len(offers) > 1:
+            best.price(job, now_ns, self.route)
+        for offer in offers[1:]:
+            offer.price(job, now_ns, self.route)
+            if offer.cost < best.cost if offer.harms == best.harms else best.harms:
+                best = offer
+        return best
+
     def begun(self, job: Job, now_ns: int, blocked: int = 0, *, alike: bool = True) -> list[Offer]:
-        """The same without what a first token and the whole would take: see `finish`. Pools in
-        `blocked` are left out.
+        """The same without what a first token and the whole would take: see `Offer.finish`. Pools
+        in `blocked` are left out.
         """
-        group, hits = job.group, self.hits(job)
+        group, hits, written_tokens = job.group, self.hits(job), self.written_tokens
         self.left_out = False
         offers = [
-            self._begin(job, replica, hits.get(replica.index, 0), now_ns)
+            Offer(job, replica, hits.get(replica.index, 0), now_ns, written_tokens)
             for replica in self._able(group.whole, job, hits, blocked, alike=alike)
         ]
         if group.readers:
@@ -190,7 +172,7 @@ class Offers:
             if reader is not None:
                 hit = hits.get(reader.index, 0)
                 offers += [
-                    self._begin(job, reader, hit, now_ns, target)
+                    Offer(job, reader, hit, now_ns, written_tokens, target)
                     for target in self._able(group.writers, job, hits, blocked, alike=alike)
                     if self._power.allows(reader, target)
                 ]
@@ -201,23 +183,34 @@ class Offers:
         *, alike: bool,
     ) -> list[Replica]:  # fmt: skip
         """Those with room; of idle ones that are alike, the first."""
-        is_capped = self._power.cap_w is not None
-        if alike and len(replicas) > _LOOK:
-            replicas = self._some(replicas, hits, blocked)
-        found = []
-        idle: set[tuple[str, int, int]] = set()
+        power = self._power if self._power.cap_w is not None else None
+        count = len(replicas)
+        if alike and count > 1:
+            replicas = self._unlike(replicas, hits)
+            if count > _LOOK:
+                replicas = self._some(replicas, hits, blocked)
+        return [
+            replica
+            for replica in replicas
+            if not replica.bit & blocked
+            and replica.has_seat(job)
+            and (power is None or power.allows(replica))
+        ]
+
+    def _unlike(self, replicas: Sequence[Replica], hits: Mapping[int, int]) -> Sequence[Replica]:
+        """All that are at work or have some of the prompt; of idle ones that are alike, the first
+        that is open.
+        """
+        kept = []
+        idle: set[tuple[Pool, int, int]] = set()
         for replica in replicas:
-            if blocked and replica.bit & blocked:
-                continue
-            if alike and not replica.jobs and replica.index not in hits:
-                kind = (replica.spec.pool, replica.ttft_drift.about, replica.tpot_drift.about)
-                if kind in idle:
+            if not replica.jobs and (not hits or replica.index not in hits):
+                kind = (replica.pool, replica.ttft_drift.about, replica.tpot_drift.about)
+                if kind in idle or not replica.is_open:
                     continue
-                if replica.is_open:
-                    idle.add(kind)
-            if replica.has_seat(job) and (not is_capped or self._power.allows(replica)):
-                found.append(replica)
-        return found
+                idle.add(kind)
+            kept.append(replica)
+        return kept
 
     def _some(
         self, replicas: Sequence[Replica], hits: Mapping[int, int], blocked: int
@@ -226,12 +219,12 @@ class Offers:
         emptiest to the fullest, at even distances, and those that have some of the prompt.
         """
         kept: list[Replica] = []
-        pools: dict[str, list[Replica]] = {}
+        pools: dict[Pool, list[Replica]] = {}
         for replica in replicas:
             if not replica.jobs:
                 kept.append(replica)
             elif replica.is_there and len(replica.jobs) < replica.spec.seats:
-                pools.setdefault(replica.spec.pool, []).append(replica)
+                pools.setdefault(replica.pool, []).append(replica)
         for pool in pools.values():
             if len(pool) > _LOOK and not pool[0].bit & blocked:
                 self.left_out = True
@@ -250,10 +243,7 @@ class Offers:
         able = self._able(job.group.readers, job, hits, blocked, alike=True)
         return min(
             able,
-            key=lambda r: (
-                r.ttft_ns(max(job.read_tokens - hits.get(r.index, 0), 1), now_ns)
-                * r.ttft_drift.factor
-            ),
+            key=lambda r: r.first_ns(max(job.read_tokens - hits.get(r.index, 0), 1), now_ns),
             default=None,
         )
 
@@ -271,57 +261,13 @@ class Offers:
         self, job: Job, replica: Replica, hit: int, now_ns: int, target: Replica | None = None
     ) -> Offer:
         """What a replica could do for a request of which it has `hit` tokens in its cache."""
-        offer = self._begin(job, replica, hit, now_ns, target)
-        self.finish(offer, job, now_ns)
+        offer = Offer(job, replica, hit, now_ns, self.written_tokens, target)
+        offer.finish(now_ns)
         return offer
-
-    def _begin(
-        self, job: Job, replica: Replica, hit: int, now_ns: int, target: Replica | None = None
-    ) -> Offer:
-        """Its time per token, and whether it harms."""
-        offer = Offer(replica, max(job.read_tokens - hit, 1), target)
-        writer = offer.writer
-        offer.tpot_prior_ns = writer.tpot_ns(job.context, now_ns)
-        forecast_ns = offer.tpot_prior_ns * writer.tpot_drift.factor
-        if target is not None:  # between the first token and the second
-            forecast_ns += target.transfer_ns(replica, job.read_tokens) / job.output_tokens
-        offer.tpot_forecast_ns = forecast_ns
-        offer.tpot_ns = forecast_ns * self.tpot[writer.spec.pool].factor(fill(writer, job))
-        if writer.tightest_ns is not None:
-            # Those who write there wait while its prompt is read.
-            read_ns = 0.0
-            if target is None:
-                read_ns = replica.reading_ns(now_ns) + replica.forecast.alone(offer.tokens)[0]
-            offer.harms = forecast_ns + read_ns / self.written_tokens > writer.tightest_ns
-        return offer
-
-    def finish(self, offer: Offer, job: Job, now_ns: int) -> None:
-        """Its time to the first token, its joules, and what it costs all in all."""
-        replica, writer, tpot_ns = offer.replica, offer.writer, offer.tpot_forecast_ns
-        offer.ttft_prior_ns = replica.ttft_ns(offer.tokens, now_ns)
-        ttft_ns = offer.ttft_prior_ns * replica.ttft_drift.factor
-        offer.ttft_ns = ttft_ns * self.ttft[replica.spec.pool, False].factor
-        own_ns, offer.read_j = replica.forecast.alone(offer.tokens)
-        offer.token_j = writer.more_j(job)
-        # Where times per token are that uncertain, filling up isn't worth what it breaks.
-        is_risky = self.tpot[writer.spec.pool].overall > _RISKY
-        if self._route == "latency" or is_risky or self.is_tight(writer.spec.pool, now_ns):
-            # Its own time, and what reading it costs those who are there.
-            offer.cost = ttft_ns + job.output_tokens * tpot_ns + own_ns * len(replica.jobs)
-        elif self._route == "energy":
-            offer.cost = offer.read_j + job.output_tokens * writer.shared_j(job)
-        else:
-            # The share of a replica's time that it takes, at the replica's price.
-            busy_ns = job.output_tokens * tpot_ns / (len(writer.jobs) + 1)
-            if writer is replica:
-                offer.cost = (replica.usd_per_s or 0.0) * (busy_ns + own_ns)
-            else:
-                read_usd = (replica.usd_per_s or 0.0) * own_ns
-                offer.cost = read_usd + (writer.usd_per_s or 0.0) * busy_ns
 
     def sent(self, job: Job, replica: Replica) -> None:
         """A replica was given the request: it will have its prompt."""
-        if job.arrived.prefix and self._prefixes is not None:
+        if self._prefixes is not None and job.arrived.prefix:
             blocks = replica.spec.kv_tokens // job.arrived.prefix_block_tokens
             self._prefixes.sent(replica.index, job.arrived.prefix, blocks)
 

@@ -30,7 +30,7 @@ class Group:
         if not (self.readers and self.writers):
             self.readers, self.writers = [], []
         self.replicas = [*self.whole, *self.readers, *self.writers]
-        self.pools = sorted({replica.spec.pool for replica in self.replicas})
+        self.pools = list({replica.pool: None for replica in self.replicas})
         self.mask = 0
         for replica in self.replicas:
             self.mask |= replica.bit
@@ -77,8 +77,7 @@ class Places:
 
     def arriving(self, arrived: Arrived) -> Group | None:
         """The group of a request that just came; None: nobody could ever serve it."""
-        wish = (arrived.model, _NOBODY, arrived.without)
-        return self._find(wish, arrived.prompt_tokens)
+        return self._find((arrived.model, _NOBODY, arrived.without), arrived.prompt_tokens)
 
     def of(self, job: Job) -> Group | None:
         """The group of a request as it is now."""

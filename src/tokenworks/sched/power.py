@@ -1,9 +1,12 @@
 """A cap on the watts of the whole fleet: who works has its worst case set aside."""
 
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 from tokenworks.sched.config import CLASSES, ServiceClass
 from tokenworks.sched.replica import Replica
+
+_OFF: Final = ("off", "gone")
 
 
 class Power:
@@ -19,7 +22,7 @@ class Power:
         return sum(map(self._reserved, self.replicas))
 
     def _reserved(self, replica: Replica) -> float:
-        if replica.state in ("off", "gone"):
+        if replica.state in _OFF:
             return 0.0
         idle_w = replica.spec.idle_w
         return max(replica.forecast.peak_w, idle_w) if replica.jobs else idle_w
@@ -29,10 +32,13 @@ class Power:
         if self.cap_w is None:
             return True
         idle = [each for each in (replica, other) if each is not None and not each.jobs]
-        if not idle:
-            return True
-        more = sum(max(each.forecast.peak_w - each.spec.idle_w, 0.0) for each in idle)
-        return self.reserved_w + more <= self.cap_w
+        return not idle or self.reserved_w + _more_w(*idle) <= self.cap_w
+
+    def could_allow(self, replica: Replica, other: Replica | None = None) -> bool:
+        """Whether that would be so if nobody else worked."""
+        idle_w = sum(each.spec.idle_w for each in self.replicas if each.state not in _OFF)
+        both = (replica,) if other is None else (replica, other)
+        return self.cap_w is None or idle_w + _more_w(*both) <= self.cap_w
 
     def allows_on(self, replica: Replica) -> bool:
         """Whether a replica that is off may be turned on."""
@@ -52,6 +58,11 @@ class Power:
     def is_over(self) -> bool:
         """Whether more is set aside than may be drawn."""
         return self.cap_w is not None and self.reserved_w > self.cap_w
+
+
+def _more_w(*replicas: Replica) -> float:
+    """What replicas may draw beyond their idling."""
+    return sum(max(each.forecast.peak_w - each.spec.idle_w, 0.0) for each in replicas)
 
 
 def _most_urgent(replica: Replica) -> ServiceClass:

@@ -28,55 +28,65 @@ _COARSE: Final = 0.4  # steps of logarithms that tell slow replicas from others
 _LEARN: Final = 0.06  # weight of a new score in the running mean
 
 
+def _score(forecast_ns: float, actual_ns: float) -> float:
+    """The logarithm of actual over forecast, neither below a nanosecond."""
+    return log(
+        (actual_ns if actual_ns > 1.0 else 1.0) / (forecast_ns if forecast_ns > 1.0 else 1.0)
+    )
+
+
 class Calibrator:
     """Turns forecasts into promises at one confidence, for one kind of time of one pool."""
 
     def __init__(self, confidence: float) -> None:
-        self.aim(confidence)
+        self.is_known = False  # whether it has enough scores for a condition of its own
         self._correction = 0.0
         self._late = 0.0  # promises made before the verdict on one, on average
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []
+        self._low, self._share = -1, 0.0  # between which two of these the quantile is, and where
         self._known = _PRIOR
         self.factor = exp(_PRIOR)  # what to multiply a forecast by
+        self.aim(confidence)
 
     def aim(self, confidence: float) -> None:
         """At least as often as this: what is learned too late costs a little."""
         self.target = confidence + _CARE * (1.0 - confidence)
+        self._if_broken, self._if_kept = 1.0 - (1.0 - self.target), -(1.0 - self.target)
+        self._find(len(self._sorted))
 
-    @property
-    def count(self) -> int:
-        """Scores it has."""
-        return len(self._sorted)
-
-    def _quantile(self) -> float:
-        scores, count = self._sorted, len(self._sorted)
+    def _find(self, count: int) -> None:
+        """Where the quantile is among so many scores."""
+        self.is_known = count >= _ENOUGH
         at = self.target * (count + 1) - 1
-        if at >= count - 1:
-            return scores[-1]
-        low = max(int(at), 0)
-        return scores[low] + (at - low) * (scores[low + 1] - scores[low])
+        self._low = -1 if at >= count - 1 else max(int(at), 0)  # -1: it is the last
+        self._share = 0.0 if self._low < 0 else at - self._low
 
     def learn(self, forecast_ns: float, promised_ns: float, actual_ns: float, since: int) -> None:
         """What became of a promise; `since` were made after it."""
-        score = log(max(actual_ns, 1.0) / max(forecast_ns, 1.0))
-        self.score(score, since, broken=actual_ns > promised_ns)
+        self.score(_score(forecast_ns, actual_ns), since, broken=actual_ns > promised_ns)
 
     def score(self, score: float, since: int, *, broken: bool) -> None:
         """The same, as the logarithm of actual over forecast."""
-        self._late += _LEARN * (since - self._late)
-        rate = _RATE / (_EASE + self._late)
-        moved = self._correction + rate * (float(broken) - (1.0 - self.target))
-        self._correction = min(max(moved, -_MOST), _MOST)
-        self._recent.append(score)
-        insort(self._sorted, score)
-        if len(self._recent) > _WINDOW:
-            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
-        known = self._quantile()
-        if len(self._sorted) < _FEW:
-            known = max(known, _PRIOR)
+        self._late = late = self._late + _LEARN * (since - self._late)
+        step = self._if_broken if broken else self._if_kept
+        moved = self._correction + _RATE / (_EASE + late) * step
+        if moved > _MOST or moved < -_MOST:
+            moved = _MOST if moved > 0 else -_MOST
+        self._correction = moved
+        scores, recent = self._sorted, self._recent
+        recent.append(score)
+        insort(scores, score)
+        if len(scores) > _WINDOW:
+            del scores[bisect_left(scores, recent.popleft())]
+        else:
+            self._find(len(scores))
+        low = self._low
+        known = scores[low] + self._share * (scores[low + 1] - scores[low])
+        if known < _PRIOR and len(scores) < _FEW:
+            known = _PRIOR
         self._known = known
-        self.factor = exp(known + self._correction)
+        self.factor = exp(known + moved)
 
     def relax(self) -> None:
         """Care that was taken, or learned when things were otherwise, goes bit by bit."""
@@ -90,36 +100,30 @@ class Conditional:
     """Calibrators for several conditions; one for all of them where little is known of one."""
 
     def __init__(self, confidence: float, conditions: int) -> None:
-        self._all = Calibrator(confidence)
+        self.all = Calibrator(confidence)  # under no condition
         self._each = [Calibrator(confidence) for _ in range(conditions)]
 
     def factor(self, condition: int) -> float:
         """What to multiply a forecast by."""
         own = self._each[condition]
-        return own.factor if own.count >= _ENOUGH else self._all.factor
+        return own.factor if own.is_known else self.all.factor
 
     def aim(self, confidence: float) -> None:
         """All of them."""
-        for each in (self._all, *self._each):
+        for each in (self.all, *self._each):
             each.aim(confidence)
-
-    @property
-    def overall(self) -> float:
-        """The factor under no condition."""
-        return self._all.factor
 
     def relax(self) -> None:
         """All of them."""
-        for each in (self._all, *self._each):
+        for each in (self.all, *self._each):
             each.relax()
 
     def learn(
         self, condition: int, forecast_ns: float, promised_ns: float, actual_ns: float, since: int
     ) -> None:
         """What became of a promise made under a condition."""
-        score = log(max(actual_ns, 1.0) / max(forecast_ns, 1.0))
-        broken = actual_ns > promised_ns
-        self._all.score(score, since, broken=broken)
+        score, broken = _score(forecast_ns, actual_ns), actual_ns > promised_ns
+        self.all.score(score, since, broken=broken)
         self._each[condition].score(score, since, broken=broken)
 
 
@@ -135,9 +139,12 @@ class Drift:
     def learn(self, prior_ns: float, actual_ns: float) -> None:
         """One more pair; the first few count as equals."""
         self._seen += 1
-        score = log(max(actual_ns, 1.0) / max(prior_ns, 1.0))
-        self._mean += max(_LEARN, 1 / self._seen) * (score - self._mean)
-        self._know()
+        weight = 1 / self._seen
+        if weight < _LEARN:
+            weight = _LEARN
+        self._mean = mean = self._mean + weight * (_score(prior_ns, actual_ns) - self._mean)
+        self.factor = exp(mean)
+        self.about = round(mean / _COARSE)
 
     def shift(self, told: float) -> None:
         """The prior itself says so much now (a logarithm)."""

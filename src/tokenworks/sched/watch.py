@@ -72,7 +72,7 @@ class Watch(Desk):
         is_leaving = replica.state == "leaving"
         self._gone(replica)
         for job in list(replica.jobs.values()):
-            if job.arrived.id in replica.incoming and job.stage is Stage.READING:
+            if job.id in replica.incoming and job.stage is Stage.READING:
                 job.target = -1
             elif job.stage is not Stage.STOPPING:
                 job.was_lost = True

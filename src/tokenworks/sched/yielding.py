@@ -67,6 +67,8 @@ def _free_watts(
     fitting = [offer for offer in found if fits(offer)]
     donors = [r for r in power.replicas if r.jobs and all(map(yields, r.jobs.values()))]
     donors.sort(key=lambda each: len(each.jobs))
+    for offer in fitting:
+        offer.price(job, now_ns, offers.route)
     for offer in sorted(fitting, key=lambda each: each.cost):
         before = [donor.saved() for donor in donors]
         gone: list[Job] = []
