@@ -49,15 +49,17 @@ class Knob(NamedTuple):
 
 
 V1, LP30 = "groq-lpu-v1", "groq-3-lpu"
+INSTALLS = "v1 install cycles"
 # What nobody published, or what a model of a GPU's engine can be wrong in.
 FACTS = (
     Knob("LP30 watts", 800, 500, 300, ("assumption.groq_3_lpu_w",), only=LP30),
     Knob("v1 watts", 300, 185, 185, ("processor.groq-lpu-v1.average_w",), only=V1),
     Knob("LP30 install rate / SRAM's", 0.1, 0.17, 0.5, ("assumption.lpu_stream_fraction",),
          only=LP30),
-    Knob("v1 install cycles", 40, 40, 20, ("processor.groq-lpu-v1.units.install_cycles",),
+    Knob(INSTALLS, 40, 40, 20, ("processor.groq-lpu-v1.units.install_cycles",),
          only=V1),
-    Knob("LPU schedule, x", 0.78, 1, 2.5, ("assumption.lpu_schedule_fraction",), True),
+    Knob("LPU schedule, x", 0.78, 1, 2.5,
+         ("assumption.lpu_schedule_fraction", "assumption.lpu_compiled_fraction"), True),
     Knob("LPU exchanges, x", 2, 1, 0.5, ("assumption.lpu_exchanges_per_layer",), True),
     Knob("users for each LPU stage, at most", 1, 64, 64),
     Knob("GPU engine's overheads, x", 0.3, 1, 1,
@@ -116,7 +118,8 @@ def drawn(pair: Pair, rng: Random) -> Values:
     """All of `FACTS` at once, each between its ends by a triangle over its logarithm."""
     found = {}
     for knob in FACTS:
-        if knob.only in ("", pair.lpu):
+        # With installs of less than 40 cycles there is no schedule: that is turned alone only.
+        if knob.only in ("", pair.lpu) and knob.name != INSTALLS:
             low, high = sorted((log(knob.against), log(knob.favouring)))
             found[knob.name] = exp(rng.triangular(low, high, log(knob.base)))
     return found

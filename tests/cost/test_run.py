@@ -63,6 +63,7 @@ def placements() -> dict[str, Prepared]:
     attention = prepare(gpu, place(BOOK, gpu, "h100", 1), BOOK)
     lpu = prepare(ffn, place(BOOK, ffn, "groq-3-lpu"), BOOK)
     verify, draft = on("llama-3.1-70b", "h100", 4), on("llama-3.1-8b", "groq-3-lpu")
+    scheduled = on("smollm2-135m", "groq-lpu-v1", 4)
     far = BOOK.with_set("assumption.handover_ns=100000")  # so that the way there matters at first
     assert isinstance(attention, Roofline)
     assert isinstance(verify, Roofline)
@@ -74,6 +75,7 @@ def placements() -> dict[str, Prepared]:
         "lpu": on("llama-2-70b", "groq-lpu-v1", 576),
         "attention and ffn": AttentionFfn(attention, lpu, far, 2),
         "drafted": Drafted(draft, verify, BOOK),
+        "drafted by a schedule": Drafted(scheduled, verify, BOOK),
         "prefill, decode": PrefillDecode(verify, on("llama-3.1-70b", "groq-3-lpu"), BOOK),
     }
     return found
@@ -116,6 +118,11 @@ def test_an_unchanging_batch_is_one_piece() -> None:
     assert len(placements()["windows"].run([100], 1000).pieces) == 2
 
 
+def test_each_program_of_a_schedule_is_a_piece() -> None:
+    steps = placements()["lpu"].run([300], 1500).pieces
+    assert [piece.steps for piece in steps] == [20, 320, 640, 520]
+
+
 def test_nothing_takes_nothing() -> None:
     prepared = placements()["dense"]
     assert prepared.step(Batch()).time_ps == prepared.run([5], 0).total().time_ps == 0
@@ -147,5 +154,5 @@ def test_attention_on_gpu_meets_every_limit() -> None:
     """The four lines of a split model are really reached, so the test above crosses them."""
     split = placements()["attention and ffn"]
     lines = split.lines(64)
-    reached = {id(lines.largest([seen])) for seen in range(0, 30_000_000, 10_000)}
+    reached = {id(lines.deciding([seen])) for seen in range(0, 30_000_000, 10_000)}
     assert len(reached) >= 2

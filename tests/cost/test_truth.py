@@ -9,6 +9,7 @@ from tokenworks.catalog.book import Catalog, catalog
 from tokenworks.cost import Batch, Chunk, place, prepare, step
 from tokenworks.cost.linear import Prepared, Reach
 from tokenworks.cost.roofline import Roofline
+from tokenworks.cost.static import Static
 from tokenworks.cost.validate import checks, measured, summaries
 from tokenworks.model import library
 
@@ -40,9 +41,11 @@ def lpu_speed(book: Catalog, devices: int = 576) -> float:
 
 def test_the_lpu_is_as_fast_as_published_and_never_faster_than_its_installs() -> None:
     assert 240 <= lpu_speed(BOOK) <= 300
-    perfect = BOOK.with_set("assumption.lpu_schedule_fraction=1")
+    perfect = BOOK.with_set("assumption.lpu_compiled_fraction=1")
     assert 300 < lpu_speed(perfect) <= 969
-    assert lpu_speed(perfect.with_set("processor.groq-lpu-v1.units.install_cycles=20")) <= 1939
+    # The compiler has no streams for installs of 20 cycles: the analytic form takes over.
+    fast = BOOK.with_set("processor.groq-lpu-v1.units.install_cycles=20")
+    assert 969 < lpu_speed(fast.with_set("assumption.lpu_schedule_fraction=1")) <= 1939
     assert measured()["lpu"][0]["lowest"] == 240
 
 
@@ -56,10 +59,12 @@ def test_an_lpus_token_takes_as_long_for_one_user_as_for_many() -> None:
 def test_prompts_follow_one_another_through_the_lpus_pipeline() -> None:
     shape = library.shape("llama-2-70b")
     lpu = prepare(shape, place(BOOK, shape, "groq-lpu-v1", 576), BOOK)
-    alone = lpu.step(Batch((), (Chunk(40),)))
-    eight = lpu.step(Batch((), (Chunk(40),) * 8))
+    assert isinstance(lpu, Static)
+    rows = lpu.micro_chunk_tokens
+    alone = lpu.step(Batch((), (Chunk(rows),)))
+    eight = lpu.step(Batch((), (Chunk(rows),) * 8))
     assert alone.time_ps < eight.time_ps < 1.2 * alone.time_ps
-    whole = lpu.step(Batch((), (Chunk(320),)))
+    whole = lpu.step(Batch((), (Chunk(8 * rows),)))
     assert whole.time_ps == pytest.approx(eight.time_ps, rel=0.02)
     # 4,000 tokens take the FLOPs of their matrices and their pairs.
     cost = lpu.step(Batch((), (Chunk(4000),)))

@@ -22,7 +22,7 @@ def serve(path: str, context: int) -> "xllamacpp.Server":
     params.n_parallel = 1
     params.verbosity = 1
     params.ui = False
-    params.cpuparams.n_threads = 2
+    params.cpuparams.n_threads = 1  # more would wait for one another where cores are busy
     params.hostnames = ["127.0.0.1"]
     params.port = 0
     return xllamacpp.Server(params)

@@ -34,15 +34,20 @@ MUTATIONS = st.tuples(
 )
 
 
-def mutate(loaded: Loaded, mutation: Mutation) -> tuple[Loaded, Instruction]:
-    """The program with one instruction changed, and the instruction as it was."""
+def mutate(
+    loaded: Loaded, mutation: Mutation, chip: int = 0, among: str = ""
+) -> tuple[Loaded, Instruction]:
+    """The program with one instruction changed (of those of stages called so), and the instruction
+    as it was.
+    """
     kind, number, which, how = mutation
     program = loaded.program
-    bucket = program.parts[0].buckets[0]
+    bucket = program.parts[chip].buckets[0]
     segment = bucket.segments[number]
     instructions = list(segment.instructions)
     stages = list(segment.stages)
-    at = which % len(instructions)
+    places = [i for i, stage in enumerate(stages) if stage.endswith(among)]
+    at = places[which % len(places)]
     each = instructions[at]
     if kind == "shift":
         by = (how % 8 + 1) * (1 if how & 8 else -1)
@@ -70,8 +75,9 @@ def mutate(loaded: Loaded, mutation: Mutation) -> tuple[Loaded, Instruction]:
             instructions[at] = replace(each, args=tuple(args))
     segments = list(bucket.segments)
     segments[number] = replace(segment, instructions=tuple(instructions), stages=tuple(stages))
-    part = replace(program.parts[0], buckets=(replace(bucket, segments=tuple(segments)),))
-    return replace(loaded, program=replace(program, parts=(part,))), each
+    parts = list(program.parts)
+    parts[chip] = replace(parts[chip], buckets=(replace(bucket, segments=tuple(segments)),))
+    return replace(loaded, program=replace(program, parts=tuple(parts))), each
 
 
 def expected() -> list[np.ndarray]:

@@ -17,8 +17,6 @@ from tokenworks.lpu.machine import Machine
 from tokenworks.lpu.timing import timing, token_cycles
 from tokenworks.lpu.verify import verify
 
-SMOL = Sizes(30, 576, 9, 3, 64, 1536, 49152, 1e-5, 1e5, 8192)
-
 
 def test_the_same_model_gives_the_same_bytes() -> None:
     one = compiler.compile_network(made.lpu(), made.network(), 2, 320, b"words")
@@ -28,8 +26,9 @@ def test_the_same_model_gives_the_same_bytes() -> None:
 
 def test_what_is_read_is_what_was_written() -> None:
     loaded = made.loaded(2)
-    again = programs.decode(programs.encode(loaded), "x.lpu")
-    assert again.program == loaded.program
+    raw = programs.encode(loaded)
+    again = programs.decode(raw, "x.lpu")
+    assert again.program == programs.head(raw, "x.lpu") == loaded.program
     scores, cycles = Machine(again).step(3)
     expected, said = Machine(loaded).step(3)
     np.testing.assert_array_equal(scores, expected)
@@ -42,6 +41,9 @@ def test_a_changed_byte_is_told(where: int) -> None:
     raw[where] ^= 64
     with pytest.raises(UserError, match=r"x\.lpu (is no|has version|is damaged)"):
         programs.decode(bytes(raw), "x.lpu")
+    if 0 <= where < 16:  # the checksum isn't looked at for the head
+        with pytest.raises(UserError, match=r"x\.lpu (is no|has version|is damaged)"):
+            programs.head(bytes(raw), "x.lpu")
 
 
 @pytest.mark.parametrize("length", [0, 4, 30, 500, 100_000])
@@ -49,6 +51,8 @@ def test_a_file_cut_short_is_told(length: int) -> None:
     raw = programs.encode(made.loaded())[:length]
     with pytest.raises(UserError, match=r"x\.lpu (is no LPU program|is damaged or cut short)"):
         programs.decode(raw, "x.lpu")
+    with pytest.raises(UserError, match=r"x\.lpu (is no LPU program|is damaged or cut short)"):
+        programs.head(raw, "x.lpu")
 
 
 def test_another_version_is_told() -> None:
@@ -58,9 +62,9 @@ def test_another_version_is_told() -> None:
         programs.decode(bytes(raw), "x.lpu")
 
 
-@pytest.mark.parametrize("chips", [1, 2, 4])
-def test_the_default_models_programs_are_legal(chips: int) -> None:
-    made_program = compiler.schedule_only(made.lpu(), SMOL, "smollm2", chips)
+@pytest.mark.parametrize(("chips", "group"), [(1, 1), (2, 1), (4, 1), (3, 3)])
+def test_the_default_models_programs_are_legal(chips: int, group: int) -> None:
+    made_program = made.smol(chips, group)
     proof = verify(made_program)
     assert proof.operands > proof.segments > chips
     assert [bucket.tokens for bucket in made_program.parts[0].buckets] == [320, 640, 1280]
@@ -77,7 +81,7 @@ def test_stages_account_for_every_cycle_of_a_token() -> None:
 
 
 def test_a_model_that_does_not_fit_is_told_with_how_many_chips_would() -> None:
-    large = replace(SMOL, layers=60)
+    large = replace(made.SMOL, layers=60)
     with pytest.raises(
         UserError, match=r"does not fit: \d+ MB, in whole tiles, for a memory of 231 MB"
     ) as told:

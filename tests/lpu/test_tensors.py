@@ -1,6 +1,7 @@
 """Weights out of a GGUF file: values by the formats' definitions, a whole model, damaged files."""
 
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -22,7 +23,11 @@ def f32(key: str, value: float) -> bytes:
     return entry(key, 6, struct.pack("<f", value))
 
 
-def file(tensors: list[tuple[str, tuple[int, ...], int, bytes]], arch: str = "llama") -> bytes:
+def file(
+    tensors: list[tuple[str, tuple[int, ...], int, bytes]],
+    arch: str = "llama",
+    more: Sequence[bytes] = (),
+) -> bytes:
     """A GGUF file of these tensors: name, shape (fastest first), ggml type, data."""
     entries = [
         entry("general.architecture", 8, text(arch)),
@@ -34,6 +39,7 @@ def file(tensors: list[tuple[str, tuple[int, ...], int, bytes]], arch: str = "ll
         u32(f"{arch}.attention.head_count_kv", KV),
         u32(f"{arch}.vocab_size", VOCAB),
         f32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5),
+        *more,
     ]
     infos, data = b"", b""
     for name, shape, kind, raw in tensors:

@@ -121,9 +121,9 @@ def test_another_pools_writer_learns_nothing_from_a_promise_that_was_not_its_own
     """One pool's speed is known, the other's is learned: neither model told the promise."""
     room = "limits = { context_tokens = 4096 }"
     pools = [pool(name, 1, "groq-3-lpu", room) for name in ("known", "learned")]
-    roles = {name: {"role": "decode"} for name in ("known", "learned")}
-    roles["learned"]["forecast"] = Prior()
-    hand = Hand(pool("reads", more=SEATS), *pools, QUIET, WAIT, change={**ROLES, **roles})
+    writes = {"role": "decode"}
+    change = {**ROLES, "known": writes, "learned": {**writes, "forecast": Prior()}}
+    hand = Hand(pool("reads", more=SEATS), *pools, QUIET, WAIT, change=change)
     first, other = (1, 2) if gone == "known" else (2, 1)
     hand.tell(ReplicaDown(other))
     hand.come(0)

@@ -94,27 +94,37 @@ def fetch(model: Model, progress: Progress = quiet) -> Path:
 
 def read_header(path: Path) -> gguf.Gguf:
     """The GGUF header of the file at `path`; UserError if it is not there or is no GGUF file."""
+    remedy = "Give the path of a .gguf file, or a name that `tokenworks model list` shows."
     try:
-        with path.open("rb") as file:
-            # An empty file can't be mapped; the parser says what is wrong with it.
-            if not os.fstat(file.fileno()).st_size:
-                return gguf.parse(b"")
-            # The view is let go before the map, which could not be closed otherwise.
-            with (
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping,
-                memoryview(mapping) as view,
-            ):
-                return gguf.parse(view)
-    except OSError as error:
-        raise UserError(
-            f"cannot read model file {path}: {error.strerror or error}",
-            "Give the path of a .gguf file, or a name that `tokenworks model list` shows.",
-        ) from error
+        with mapped(path, "model file", remedy) as view:
+            return gguf.parse(view)
     except gguf.GgufError as error:
         raise UserError(
             f"{path} is not a usable GGUF file: {error}",
             "Fetch it again, or convert the model to GGUF.",
         ) from error
+
+
+@contextmanager
+def mapped(
+    path: Path, what: str, remedy: str = "Give the path of a file that is there."
+) -> Iterator[memoryview]:
+    """A file's bytes, of which only those that are looked at are read; UserError that says `what`
+    it should have been if it can't be opened.
+    """
+    try:
+        with path.open("rb") as file:
+            # An empty file can't be mapped; whoever reads it says what is wrong with it.
+            empty = not os.fstat(file.fileno()).st_size
+            mapping = None if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise UserError(f"cannot read {what} {path}: {error.strerror or error}", remedy) from error
+    if mapping is None:
+        yield memoryview(b"")
+        return
+    # The view is let go before the map, which could not be closed otherwise.
+    with mapping, memoryview(mapping) as view:
+        yield view
 
 
 def put(path: Path, data: bytes) -> None:

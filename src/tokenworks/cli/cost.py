@@ -210,6 +210,8 @@ def _answer(found: Answer, first: Roofline | Static, json: bool) -> None:
     for row in rows:
         table.add_row(*row)
     OUT.print(table)
+    for form in found.timed_from:
+        OUT.print(f"Timed by {form}", soft_wrap=True)
     OUT.print("\nWhere the time goes:")
     table = Table.grid(padding=(0, 2))
     for term in found.terms[:8]:

@@ -10,7 +10,7 @@ import msgspec
 from cyclopts import Parameter
 from rich.table import Table
 
-from tokenworks.assets import store
+from tokenworks.assets import checkpoint, store
 from tokenworks.catalog.models import model as catalogue_model
 from tokenworks.catalog.models import models
 from tokenworks.cli.book import AsJson, Files, Settings, opened, print_json, write
@@ -26,6 +26,7 @@ from tokenworks.lpu.graph import Sizes
 from tokenworks.lpu.machine import Machine
 from tokenworks.lpu.program import Loaded, Program
 from tokenworks.lpu.verify import verify
+from tokenworks.model.checkpoint import Checkpoint
 from tokenworks.model.tensors import Tensors
 from tokenworks.model.tokens import Tokenizer, Vocabulary, vocabulary
 from tokenworks.model.tokens import prompt as chat
@@ -42,12 +43,13 @@ Out = Annotated[Path, Parameter(help="The file to write.")]
 
 
 @lpu.command(name="compile")
-def compile_model(
+def compile_model(  # noqa: PLR0913 - one argument a flag
     model: str,
     *,
     out: Out,
     chips: str = "auto",
-    context: int = compiler.DEFAULT_CONTEXT,
+    group: int = 1,
+    context: int | None = None,
     processor: str = "groq-lpu-v1",
     files: Files = None,
     assignments: Settings = None,
@@ -60,30 +62,31 @@ def compile_model(
     Parameters
     ----------
     model
-        A name that `tokenworks model list` shows, or a GGUF file of the Llama family.
+        A name that `tokenworks model list` shows, a GGUF file of the Llama family, or a folder with
+        config.json, tokenizer.json and safetensors of one.
     chips
         How many, as a pipeline of layers; auto: as few as hold it.
+    group
+        So many chips share each layer: its heads, inner numbers and words. The pipeline then is one
+        of groups.
     context
-        The longest context in tokens; programs are made for several lengths up to it.
+        The longest context in tokens (1,280, or the model's if it is shorter); programs are made
+        for several lengths up to it.
     processor
         A deterministic processor of the catalogue.
     """
     chip = chip_of(opened(files, assignments), processor)
     begun = time.perf_counter()
-    path = _model_path(model)
-    header = store.read_header(path)
-    raw = store.read_bytes(path, "the model", MOST_BYTES)
-    tensors = Tensors(header, raw)
-    sizes = graph.sizes(tensors, path.name)
-    if context < 1 or context > sizes.context_tokens:
-        raise UserError(
-            f"--context {context}: {path.name} takes 1 to {sizes.context_tokens}", "Give another."
-        )
-    words = vocabulary(header, raw, path.name)
-    count = _count(chips, chip, sizes, path.name, context)
-    network = graph.network(tensors, path.name, _told)
+    name, tensors, words = _source(model)
+    sizes = graph.sizes(tensors, name)
+    most = sizes.context_tokens
+    context = min(compiler.DEFAULT_CONTEXT, most) if context is None else context
+    if not 1 <= context <= most:
+        raise UserError(f"--context {context}: {name} takes 1 to {most}", "Give another.")
+    count = _count(chips, group, chip, sizes, name, context)
+    network = graph.network(tensors, name, _told)
     loaded = compiler.compile_network(
-        chip, network, count, context, msgspec.msgpack.encode(words), _told
+        chip, network, count, context, msgspec.msgpack.encode(words), _told, group=group
     )
     _told("Verifying", 0, 1)
     proof = verify(loaded.program)
@@ -141,33 +144,36 @@ def run(
     machine = Machine(loaded)
     begun = time.perf_counter()
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    said, text = [], ""
+    cycles: list[int] = []
+    written, text = 0, ""
     for each in answer(machine, tokens, min(max_tokens, most - len(tokens)), tokenizer.end):
-        said.append(each)
+        cycles.append(each.cycles)
+        if each.token is None:
+            continue
+        written += 1
         piece = decoder.decode(tokenizer.bytes_of(each.token))
         text += piece
         if not json:
             OUT.print(piece, end="", markup=False, soft_wrap=True)
     spent = time.perf_counter() - begun
     clock = loaded.program.chip.clock_hz
-    read = sum(each.read_cycles for each in said) + sum(each.cycles for each in said[:1])
-    written = sum(each.cycles for each in said[1:])
-    us = (read + written) / clock * 1e6
+    # The prompt's last pass gives the first token, a token's the next one or the end.
+    read, later = sum(cycles[: len(tokens)]), cycles[len(tokens) :]
+    us = sum(cycles) / clock * 1e6
     if json:
         print_json({
-            "text": text, "prompt_tokens": len(tokens), "output_tokens": len(said),
-            "prompt_cycles": read, "output_cycles": written, "cycles": read + written,
-            "cycles_by_token": [each.cycles for each in said[1:]], "chip_us": us,
-            "machine_s": spent,
+            "text": text, "prompt_tokens": len(tokens), "output_tokens": written,
+            "prompt_cycles": read, "output_cycles": sum(later), "cycles": sum(cycles),
+            "cycles_by_token": later, "chip_us": us, "machine_s": spent,
         })  # fmt: skip
         return
     OUT.print()
     OUT.print(
-        f"{read + written:,} cycles: {len(tokens)} tokens read in {read:,},"
-        f" {len(said)} written in {written:,}",
+        f"{sum(cycles):,} cycles: {len(tokens)} tokens read in {read:,},"
+        f" {written} written in {sum(later):,}",
         soft_wrap=True,
     )
-    rate = (len(tokens) + max(len(said) - 1, 0)) / spent
+    rate = len(cycles) / spent
     OUT.print(
         f"on the chip this took {us:,.1f} µs; here {spent:.1f} s ({rate:.1f} tokens/s)",
         soft_wrap=True,
@@ -237,6 +243,7 @@ def summary(made: Program) -> dict[str, Any]:
         "model": made.model,
         "processor": made.chip.name,
         "chips": len(made.parts),
+        "group": made.group,
         "sram_share": timing.sram_share(made),
         "energy_grade": "derived: average power of the chips times the time",
         "buckets": [timing.timing(made, b) for b in range(len(made.parts[0].buckets))],
@@ -244,8 +251,9 @@ def summary(made: Program) -> dict[str, Any]:
 
 
 def _show_summary(made: Program) -> None:
+    shared = f", {made.group} to a layer" if made.group > 1 else ""
     OUT.print(
-        f"{made.model} on {len(made.parts)} x {made.chip.name}:"
+        f"{made.model} on {len(made.parts)} x {made.chip.name}{shared}:"
         f" {timing.sram_share(made):.0%} of the SRAM",
         soft_wrap=True,
     )
@@ -262,9 +270,9 @@ def _show_summary(made: Program) -> None:
     OUT.print("J/token is derived: the chips' average power times the time.")
 
 
-def _count(chips: str, chip: Chip, sizes: Sizes, name: str, context: int) -> int:
+def _count(chips: str, group: int, chip: Chip, sizes: Sizes, name: str, context: int) -> int:
     if chips == "auto":
-        return compiler.chips_needed(chip, sizes, name, context)
+        return compiler.chips_needed(chip, sizes, name, context, group)
     if not chips.isascii() or not chips.isdigit() or not int(chips):
         raise UserError(f"--chips {chips} is no number", "Give 1, 2, 4 … or auto.")
     return int(chips)
@@ -274,6 +282,18 @@ def _told(what: str, done: int, total: int) -> None:
     if not done:
         ERR.print(f"{what} …")
     del total
+
+
+def _source(model: str) -> tuple[str, Tensors | Checkpoint, Vocabulary]:
+    """What a model is called, its weights and its words."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return (folder.resolve().name, *checkpoint.read(folder))
+    path = _model_path(model)
+    header = store.read_header(path)
+    raw = store.read_bytes(path, "the model", MOST_BYTES)
+    name = path.name.removesuffix(".gguf")
+    return name, Tensors(header, raw), vocabulary(header, raw, name)
 
 
 def _model_path(name: str) -> Path:

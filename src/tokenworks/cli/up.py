@@ -153,11 +153,12 @@ def _announce(url: str, gateway: Gateway) -> None:
 def _program(name: str) -> Model:
     """A model compiled for the deterministic machine; kept, so that it is compiled once."""
     model = _open(name)
-    path = store.cache_dir() / "programs" / f"{model.path.stem}-{__version__}.lpu"
+    path = store.cache_dir() / "programs" / f"{model.path.stem}-{__version__}-{program.VERSION}.lpu"
     if not path.exists():
         lpu.compile_model(name, out=path)
-    data = store.read_bytes(path, "the program", lpu.MOST_BYTES)
-    tokens = program.decode(data, str(path)).program.parts[0].buckets[-1].tokens
+    # Its process reads it whole, and checks it; here only how long a context it takes is asked.
+    with store.mapped(path, "the program") as view:
+        tokens = program.head(view, str(path)).parts[0].buckets[-1].tokens
     return model._replace(path=path, context_tokens=tokens)
 
 

@@ -11,6 +11,7 @@ from tokenworks.cost.linear import Prepared
 from tokenworks.cost.measured import Measured
 from tokenworks.cost.price import usd_per_s
 from tokenworks.cost.roofline import Roofline
+from tokenworks.cost.scheduled import Scheduled
 from tokenworks.cost.static import Static
 from tokenworks.errors import UserError
 from tokenworks.units import NS_PER_S, PS_PER_S
@@ -28,7 +29,8 @@ class Answer(msgspec.Struct, frozen=True):
     """What `tokenworks cost --json` gives, with the glossary's names.
 
     `tpot_ns`, `tokens_per_s_per_user` are None where no token is decoded; `usd_per_mtok` where no
-    price is known (`unpriced` says so). Tokens are those decoded, or read where only a prompt is.
+    price is known (`unpriced` says so). `timed_from` tells of each LPU placement whether its times
+    are a compiled schedule's or analytic. Tokens are those decoded, or read where only a prompt is.
     """
 
     time_ns: int
@@ -47,6 +49,7 @@ class Answer(msgspec.Struct, frozen=True):
     assumptions: Mapping[str, str]
     numbers: Mapping[str, Quantity]
     unpriced: str = ""
+    timed_from: tuple[str, ...] = ()
 
 
 def answer(prepared: Prepared, batch: Batch, tariff: str = "default") -> Answer:
@@ -85,6 +88,7 @@ def answer(prepared: Prepared, batch: Batch, tariff: str = "default") -> Answer:
         {name: q.note for name, q in sorted(used.items()) if q.grade == "assumed"},
         used,
         unpriced,
+        tuple(part.form for part in parts if isinstance(part, Static)),
     )
 
 
@@ -111,6 +115,9 @@ def terms(prepared: Prepared, batch: Batch, cost: Cost) -> list[Term]:
         case Roofline():
             tokens = sequences + sum(chunk.tokens for chunk in batch.prefills)
             parts = prepared.parts(tokens, sequences + len(batch.prefills))
+        case Scheduled() if not batch.prefills:
+            mean = sum(batch.decodes) // sequences
+            parts = prepared.terms(sequences, mean)
         case Static() if not batch.prefills:
             parts = prepared.parts(-(-sequences // prepared.stages))
         case _:
@@ -120,6 +127,7 @@ def terms(prepared: Prepared, batch: Batch, cost: Cost) -> list[Term]:
         before = found[part.name].time_ns if part.name in found else 0
         time_ns = before + round(part.seconds * NS_PER_S)
         found[part.name] = Term(part.name, part.bound, time_ns)
-    rest = cost.time_ns - sum(term.time_ns for term in found.values())
-    found["attention"] = Term("attention", "kv", max(rest, 0))
+    if not isinstance(prepared, Scheduled):
+        rest = cost.time_ns - sum(term.time_ns for term in found.values())
+        found["attention"] = Term("attention", "kv", max(rest, 0))
     return sorted(found.values(), key=lambda term: -term.time_ns)

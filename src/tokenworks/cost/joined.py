@@ -206,18 +206,10 @@ class Drafted(Prepared):
     def _lines(self, sequences: int) -> Lines:
         small, times = self.draft.lines(sequences), self.drafted
         large = self.verify.forward(sequences, self.drafted + 1)
-        a, b = large.lines[0], small.lines[0]
-        small_ps = times * b.fixed_ps
-        bound = a.bound if a.fixed_ps >= small_ps else b.bound
+        a = large.lines[0]
         # Who waits draws its own standing power; both are on all the time.
         return Lines(
-            (
-                Line(
-                    bound,
-                    a.fixed_ps + small_ps,
-                    (*a.slopes_ps, *(times * slope for slope in b.slopes_ps)),
-                ),
-            ),
+            tuple(_after(a, line, times) for line in small.lines),
             large.fixed_nj + times * small.fixed_nj,
             (*large.slopes_nj, *(times * slope for slope in small.slopes_nj)),
             large.power_mw + small.power_mw,
@@ -225,6 +217,8 @@ class Drafted(Prepared):
             (*large.slopes_flops, *(times * slope for slope in small.slopes_flops)),
             large.bytes + times * small.bytes,
             (*large.slopes_bytes, *(times * slope for slope in small.slopes_bytes)),
+            small.upto,
+            len(large.slopes_nj) + small.upto_reach,
         )
 
     def mixed(self, sequences: int, seen: Sequence[int], chunks: Sequence[Chunk]) -> Cost:
@@ -245,3 +239,13 @@ class Drafted(Prepared):
     def kv_capacity_tokens(self) -> int:
         """The smaller room of the two."""
         return min(self.draft.kv_capacity_tokens, self.verify.kv_capacity_tokens)
+
+
+def _after(large: Line, small: Line, times: int) -> Line:
+    """So many steps of the small model, then one of the large."""
+    small_ps = times * small.fixed_ps
+    return Line(
+        large.bound if large.fixed_ps >= small_ps else small.bound,
+        large.fixed_ps + small_ps,
+        (*large.slopes_ps, *(times * slope for slope in small.slopes_ps)),
+    )

@@ -3,11 +3,12 @@
 While a batch does not change, each step adds one token to each context. What a step costs grows
 with the tokens attended to, and with nothing else: a line with integer coefficients (picoseconds,
 nanojoules) per group of layers with the same window. Where parts run side by side (`joined`), the
-step is the largest of several lines. A piece ends where a window fills, or where another line
-becomes the largest.
+step is the largest of several lines. A piece ends where a window fills, where another line becomes
+the largest, or where the next program begins (`scheduled`).
 """
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import Final
@@ -100,6 +101,9 @@ class Line(msgspec.Struct, frozen=True, gc=False):
 class Lines(msgspec.Struct, frozen=True, gc=False):
     """A decode step for a number of sequences: time is the largest line, the rest adds up.
 
+    With `upto` the lines follow one another instead: each holds for so many tokens attended to by
+    that reach, the last one for all beyond (programs that are made for several lengths).
+
     Energy is `fixed_nj`, `slopes_nj` for each token attended to, and `power_mw` over the time.
     """
 
@@ -111,10 +115,12 @@ class Lines(msgspec.Struct, frozen=True, gc=False):
     slopes_flops: tuple[int, ...]
     bytes: int
     slopes_bytes: tuple[int, ...]
+    upto: tuple[int, ...] = ()
+    upto_reach: int = 0
 
     def cost(self, seen: Sequence[int]) -> Cost:
         """The step where so many tokens are attended to."""
-        line = self.largest(seen)
+        line = self.deciding(seen)
         time_ps = line.at(seen)
         grown_ps = time_ps - line.fixed_ps
         return Cost(
@@ -125,32 +131,38 @@ class Lines(msgspec.Struct, frozen=True, gc=False):
             line.bound_of_slopes if grown_ps > line.fixed_ps else line.bound,
         )
 
-    def largest(self, seen: Sequence[int]) -> Line:
+    def deciding(self, seen: Sequence[int]) -> Line:
         """The line that decides the time; the first of equal ones."""
         if len(self.lines) == 1:
             return self.lines[0]
+        if self.upto:
+            return self.lines[bisect_left(self.upto, seen[self.upto_reach])]
         return max(self.lines, key=lambda line: line.at(seen))
 
     def ramp(self, seen: Sequence[int], grown: Sequence[int], most: int) -> "Ramp":
         """The next steps, `most` at most, while what is attended to grows by `grown` in each and
-        the same line is the largest.
+        the same line decides.
         """
-        line = self.largest(seen)
-        first = self.lines.index(line)
-        steps = min(
-            [
-                most,
-                *(
-                    _crossing(line, other, seen, grown, ties=index < first)
-                    for index, other in enumerate(self.lines)
-                ),
-            ]
-        )
+        line = self.deciding(seen)
+        steps = min(most, self._until(line, seen, grown))
         later = [now + more for now, more in zip(seen, grown, strict=True)]
         first_nj = self.fixed_nj + dot(self.slopes_nj, seen) + self.standby_nj(line, seen)
         growth_nj = dot(self.slopes_nj, grown)
         growth_nj += self.standby_nj(line, later) - self.standby_nj(line, seen)
         return Ramp(steps, line.at(seen), dot(line.slopes_ps, grown), first_nj, growth_nj)
+
+    def _until(self, line: Line, seen: Sequence[int], grown: Sequence[int]) -> int:
+        """For how many steps `line`, which decides now, goes on deciding."""
+        if self.upto:
+            now, more = seen[self.upto_reach], grown[self.upto_reach]
+            at = bisect_left(self.upto, now)
+            is_last = at == len(self.upto) or not more
+            return _FOREVER if is_last else (self.upto[at] - now) // more + 1
+        first = self.lines.index(line)
+        return min(
+            _crossing(line, other, seen, grown, ties=index < first)
+            for index, other in enumerate(self.lines)
+        )
 
     def slowed(self, permille: int) -> "Lines":
         """The same work in so many thousandths of the time; being on takes energy all the while."""

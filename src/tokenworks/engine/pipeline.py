@@ -53,9 +53,8 @@ class StaticPipeline(Engine):
         decode_turns = max(round(prepared.stages * limits.decode_fraction), 1)
         self._read_turns = max(prepared.stages - decode_turns, 1)
         rows = -(-self.slots // decode_turns)
-        full = prepared.stages * rows
-        seen = [reach.seen(limits.context_tokens - 1) * full for reach in prepared.reaches]
-        self._nominal_ps = prepared.decoding(full, seen).time_ps
+        self._turn_tokens = prepared.turn_tokens(rows)
+        self._nominal_ps = prepared.turn_ps(rows, limits.context_tokens)
         self.pass_ps = self._nominal_ps
         self._order = 0
         self._reset(0)
@@ -73,7 +72,7 @@ class StaticPipeline(Engine):
 
     def read_ps(self, tokens: int) -> int:
         """How long a prompt of so many tokens has the reading turns."""
-        micros = -(-tokens // self.prepared.micro_chunk_tokens)
+        micros = -(-tokens // self._turn_tokens)
         return micros * self.pass_ps // self._read_turns
 
     # What is done to it

@@ -1,4 +1,4 @@
-"""A greedy answer from a machine, token by token, with exact cycles."""
+"""A greedy answer from a machine, pass by pass, with exact cycles."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,25 +8,28 @@ from tokenworks.lpu.machine import Machine
 
 
 class Said(msgspec.Struct, frozen=True):
-    """One token of an answer, and the cycles it took; of the first, those of the prompt's last."""
+    """One pass of a token: the cycles it took, and the token that was said after it, if one was."""
 
-    token: int
     cycles: int
-    read_cycles: int = 0  # with the first token: of the prompt before its last token
+    token: int | None = None
 
 
 def answer(machine: Machine, tokens: Sequence[int], most: int, end: int) -> Iterator[Said]:
-    """Read a prompt and answer with at most `most` tokens, up to (and without) `end`.
+    """A new conversation: read a prompt and answer with at most `most` tokens, up to `end`.
 
-    Goes on where the machine's conversation is; UserError past the program's longest context.
+    First come the passes of the prompt, in which nothing is said but after the last; they leave the
+    head out, whose scores nobody would read. `end` isn't said, but its pass is told of, too.
+    UserError past the program's longest context.
     """
-    read = sum(machine.step(token, want_scores=False)[1] for token in tokens[:-1])
+    machine.reset()
+    for token in tokens[:-1]:
+        yield Said(machine.step(token, want_scores=False)[1])
     token = tokens[-1]
     for _ in range(most):
         scores, cycles = machine.step(token)
         assert scores is not None
         token = int(scores.argmax())
         if token == end:
+            yield Said(cycles)
             return
-        yield Said(token, cycles, read)
-        read = 0
+        yield Said(cycles, token)

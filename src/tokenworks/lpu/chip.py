@@ -88,11 +88,22 @@ class Chip:
         return ceil((self.lanes + LINK_METADATA_BYTES) / self.link_bytes_per_cycle)
 
     @property
+    def crossing_cycles(self) -> int:
+        """Cycles from sending a vector to receiving it at a link's other end."""
+        return self.vector_cycles + self.link_cycles
+
+    @property
     def load_cycles(self) -> int:
         """Cycles to bring one plane its weights, all planes loading at once."""
         return self.dim // WEIGHT_STREAMS
 
 
+# What the floor plan is made of, as the catalogue's `units` calls it.
+FLOOR_PLAN: Final = (
+    "mem_slices", "mem_banks_per_slice", "lanes", "mem_words_per_bank", "superlanes",
+    "streams_per_direction", "mem_slices_per_hop", "mxm_planes", "mxm_dim", "vxm_alus_per_lane",
+    "links", "install_cycles",
+)  # fmt: skip
 _PUBLISHED: Final = "groq-lpu-v1"  # the one chip whose floor plan is known
 
 
@@ -122,30 +133,28 @@ def chip(catalog: Catalog, name: str = _PUBLISHED) -> Chip:
             found = catalog.assumed(assumption)
         return found.value
 
-    def whole(path: str) -> int:
-        return round(number(f"units.{path}"))
-
     clock = either("clock_hz", "groq_3_lpu_clock_hz")
-    slices, banks, lanes = whole("mem_slices"), whole("mem_banks_per_slice"), whole("lanes")
-    words = whole("mem_words_per_bank")
+    units = {path: round(number(f"units.{path}")) for path in FLOOR_PLAN}
+    slices, banks, lanes = units["mem_slices"], units["mem_banks_per_slice"], units["lanes"]
+    words = units["mem_words_per_bank"]
     if record.get("units.mem_words_per_bank") is None:
         words = int(number("memory.sram.bytes") // (slices * banks * lanes))
     made = Chip(
         name=record.name,
         lanes=lanes,
-        tiles=whole("superlanes"),
-        streams=whole("streams_per_direction"),
+        tiles=units["superlanes"],
+        streams=units["streams_per_direction"],
         slices=slices,
         banks=banks,
         words_per_bank=words,
-        slices_per_hop=whole("mem_slices_per_hop"),
-        planes=whole("mxm_planes"),
-        dim=whole("mxm_dim"),
-        alus=whole("vxm_alus_per_lane"),
-        links=whole("links"),
+        slices_per_hop=units["mem_slices_per_hop"],
+        planes=units["mxm_planes"],
+        dim=units["mxm_dim"],
+        alus=units["vxm_alus_per_lane"],
+        links=units["links"],
         link_cycles=round(either("units.link_cycles", "lpu_link_cycles")),
         link_bytes_per_cycle=number("units.link_bytes_per_s") / clock,
-        install_cycles=whole("install_cycles"),
+        install_cycles=units["install_cycles"],
         clock_hz=clock,
         power_w=either("average_w", "groq_3_lpu_w"),
         assumed=tuple(assumed),

@@ -191,18 +191,18 @@ class Drafting:
             assert isinstance(each, Read)
             place = self.chip.place(OPS[node.op].unit, node.unit)
             args.append(self._read(each, node.at, place, node.n, node.gap))
-            gang = each.buffer.gang if node.op == "SEND" else 1
+            gang = self._home(each)[1] if node.op == "SEND" else 1
         args += [node.numbers[key] for key in ("row", "fresh") if key in node.numbers]
         self.drafts.append(Draft(node.op, node.at, node.unit, node.n, node.gap, gang, args))
         if node.op == "RECEIVE":
             self._receive(node)
 
     def _receive(self, node: Node) -> None:
-        place = self.chip.place("C2C", node.unit)
-        value = Value(-1 if place > 0 else 1, 4, 0, (node.n - 1) * node.gap, place, place)
+        place, width = self.chip.place("C2C", node.unit), node.numbers["width"]
+        value = Value(-1 if place > 0 else 1, width, 0, (node.n - 1) * node.gap, place, place)
         value.start = node.at - value.direction * place
         draft = self.drafts[-1]
-        draft.args, draft.values, draft.gang = [value], [value], 4
+        draft.args, draft.values, draft.gang = [value], [value], width
         self._out[node] = value
 
     # Memory
@@ -210,7 +210,7 @@ class Drafting:
     def _read(self, read: Read, arrive: int, at: int, n: int, gap: int) -> Value:
         """Words that reach position `at` in cycle `arrive`; adds the instruction."""
         buffer = read.buffer
-        first, width = self._home(buffer, read.part)
+        first, width = self._home(read)
         places = [self.chip.place("MEM", first + k) for k in range(width)]
         direction = 1 if places[0] < at else -1
         source = min(places, key=lambda p: direction * p)
@@ -232,8 +232,9 @@ class Drafting:
         self.drafts.append(draft)
         return value
 
-    def _home(self, buffer: Buffer, part: int) -> tuple[int, int]:
-        return (buffer.slice, buffer.gang) if part < 0 else (buffer.slice + part, 1)
+    def _home(self, each: Read | Store) -> tuple[int, int]:
+        buffer, part = each.buffer, each.part
+        return (buffer.slice, buffer.gang) if part < 0 else (buffer.slice + part, each.wide)
 
     def _stores(self, node: Node) -> None:
         """Writes of a result; one that goes both ways leaves through a MOV the other way."""
@@ -244,7 +245,7 @@ class Drafting:
             return
         ways: dict[int, list[Store]] = {}
         for store in node.stores:
-            first, _ = self._home(store.buffer, store.part)
+            first, _ = self._home(store)
             ways.setdefault(1 if self.chip.place("MEM", first) > 0 else -1, []).append(store)
         for number, (direction, stores) in enumerate(ways.items()):
             source, skipped = node, 0
@@ -266,7 +267,7 @@ class Drafting:
 
     def _write(self, store: Store, value: Value, node: Node) -> None:
         buffer = store.buffer
-        first, width = self._home(buffer, store.part)
+        first, width = self._home(store)
         places = [self.chip.place("MEM", first + k) for k in range(width)]
         value.sink = max([value.sink, *places], key=lambda p: value.direction * p)
         at = value.start + value.direction * places[0] + store.skip * node.result_gap

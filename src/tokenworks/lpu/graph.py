@@ -1,5 +1,7 @@
 """The model as the compiler takes it: a Llama-family decoder, its sizes and quantised weights.
 
+Keys and names are GGUF's; a checkpoint with safetensors answers to them too.
+
 One layer, operator by operator (`OPERATORS`), with what each reads and writes; `lower` turns each
 into passes of the chip's units.
 """
@@ -13,7 +15,9 @@ import numpy as np
 from tokenworks.errors import UserError
 from tokenworks.lpu import numerics
 from tokenworks.lpu.numerics import Bytes, Floats
+from tokenworks.model.checkpoint import Checkpoint
 from tokenworks.model.gguf import Array, GgufError
+from tokenworks.model.safetensors import SafetensorsError
 from tokenworks.model.tensors import Tensors
 
 OPERATORS: Final = (
@@ -30,6 +34,11 @@ OPERATORS: Final = (
     ("silu", "gate, up → inner activations"),
     ("down", "inner activations → added to the residual"),
 )
+
+
+# Tensors of models whose layers do more than the operators say.
+_UNLIKE: Final = ("rope_freqs.weight", "blk.0.attn_q.bias", "blk.0.attn_output.bias",
+                  "blk.0.ffn_up.bias", "blk.0.attn_q_norm.weight")  # fmt: skip
 
 
 class Sizes(msgspec.Struct, frozen=True):
@@ -89,8 +98,8 @@ class Network(msgspec.Struct, frozen=True):
     head: Matrix
 
 
-def sizes(tensors: Tensors, name: str) -> Sizes:
-    """The sizes a GGUF header gives; UserError for a kind of model the compiler doesn't take."""
+def sizes(tensors: Tensors | Checkpoint, name: str) -> Sizes:
+    """The sizes a model's header gives; UserError for a kind of model the compiler doesn't take."""
     header = tensors.header
     try:
         arch = header.architecture
@@ -98,8 +107,7 @@ def sizes(tensors: Tensors, name: str) -> Sizes:
         raise UserError(f"{name}: {error}", "Give the GGUF file of a language model.") from None
     unlike = [key for key in ("expert_count", "attention.sliding_window", "rope.scaling.type")
               if header.metadata.get(f"{arch}.{key}")]  # fmt: skip
-    if "rope_freqs.weight" in tensors:
-        unlike.append("rope_freqs.weight")
+    unlike += [key for key in _UNLIKE if key in tensors]
     if arch != "llama" or unlike:
         what = f"a {arch} model with {', '.join(unlike)}" if unlike else f"a {arch} model"
         raise UserError(
@@ -133,7 +141,9 @@ def sizes(tensors: Tensors, name: str) -> Sizes:
 
 
 def network(
-    tensors: Tensors, name: str, progress: Callable[[str, int, int], None] | None = None
+    tensors: Tensors | Checkpoint,
+    name: str,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Network:
     """Read and quantise all weights; UserError names what is missing or damaged."""
     s = sizes(tensors, name)
@@ -165,7 +175,7 @@ def network(
         head = embedding if tied else matrix("output", s.vocab, s.hidden)
         return Network(name, s, embedding, layers, tensors.get("output_norm.weight", (s.hidden,)),
                        head)  # fmt: skip
-    except GgufError as error:
+    except (GgufError, SafetensorsError) as error:
         raise UserError(f"{name}: {error}", "Fetch the file again.") from None
 
 

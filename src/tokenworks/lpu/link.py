@@ -2,7 +2,7 @@
 
 `flow` says who reads what; each instruction becomes one operation over all its vectors. Wrong
 operands are refused here too: of a kind that an instruction can't take, or addresses that are
-none.
+none. Chips of a group run in lockstep: what is sent must be received in the very cycle it comes.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from tokenworks.errors import UserError
 from tokenworks.lpu import numerics
 from tokenworks.lpu.chip import WEIGHT_STREAMS, Chip
 from tokenworks.lpu.flow import Flow, Illegal, Piece, Wired
+from tokenworks.lpu.group import Cables
 from tokenworks.lpu.isa import OPS, Instruction
 from tokenworks.lpu.numerics import Floats
 from tokenworks.lpu.program import Segment
@@ -26,11 +27,52 @@ _RING: Final = 3  # weights a plane has at once: installed, and still wanted by 
 _ROWS: Final = 1024  # accumulator rows of a plane
 
 
-class Linked:
-    """A segment as numpy operations in order of effect."""
+class Wires:
+    """What is on its way between chips: inside a group by chip, link and the cycle it comes in; to
+    the next group by chip and link, in order.
+    """
 
-    def __init__(self, core: Memory, segment: Segment, links: dict[int, Any]) -> None:
-        self.core, self.chip, self.segment, self.links = core, core.chip, segment, links
+    def __init__(self, chip: Chip, group: int) -> None:
+        self.cables = Cables(chip, group)
+        self.coming: dict[tuple[int, int, int], NDArray[np.uint8]] = {}
+        self.onward: dict[tuple[int, int], list[NDArray[np.uint8]]] = {}
+
+
+class Lockstep:
+    """A segment of all chips of a group, in order of time."""
+
+    def __init__(self, chips: "Sequence[Linked]", wires: Wires) -> None:
+        self.wires = wires
+        self.segment, self.last = chips[0].segment, max(each.last for each in chips)
+        if any(
+            (each.segment.stamps, each.segment.length) != (self.segment.stamps, self.segment.length)
+            for each in chips
+        ):
+            raise UserError("chips of a group aren't in step", "Compile the model again.")
+        timed = [
+            (each[:2], rank, *each[2:]) for rank, one in enumerate(chips) for each in one.timed
+        ]
+        timed.sort(key=lambda each: each[:3])
+        self.acts = [act for *_, act in timed]
+
+    def run(self) -> int:
+        """Run all stamps; the cycles they take."""
+        start = 0
+        for stamp in range(self.segment.stamps):
+            start = stamp * self.segment.length
+            for act in self.acts:
+                act(stamp)
+        if self.wires.coming:
+            raise UserError("nobody receives what a chip sends", "Compile the model again.")
+        return start + self.last + 1
+
+
+class Linked:
+    """A segment of one chip, the `rank`-th of its group: numpy operations with their times."""
+
+    def __init__(self, core: Memory, segment: Segment, wires: Wires, rank: int) -> None:
+        self.core, self.chip, self.segment = core, core.chip, segment
+        self.wires, self.rank = wires, rank
         self.sram = core.sram
         self.maps = core.maps
         flow = Flow(core.chip, segment.instructions)
@@ -44,15 +86,14 @@ class Linked:
         self._product = np.empty((self.rows.shape[1], dim), np.float32)
         self._turns = _turns(segment.instructions)
         self.words = Words(core, segment, self.store)
-        timed: list[tuple[int, int, int, Act]] = []
+        self.timed: list[tuple[int, int, int, Act]] = []
         for index, wired in enumerate(flow.wired):
             act = self._act(index, wired)
             if act is not None:
-                at, rank = _effect(wired.instruction)
-                timed.append((at, rank, index, act))
-        timed.sort(key=lambda each: each[:3])
-        self.acts = [act for _, _, _, act in timed]
-        self._check_ring([index for _, _, index, _ in timed])
+                at, order = _effect(wired.instruction)
+                self.timed.append((at, order, index, act))
+        self.timed.sort(key=lambda each: each[:3])
+        self._check_ring([index for _, _, index, _ in self.timed])
         self.last = max(_last(core.chip, each) for each in segment.instructions)
         if self.last >= segment.length:
             raise UserError(f"segment {segment.name} goes on after its end", "Compile it again.")
@@ -71,16 +112,6 @@ class Linked:
                 later = mine[mine.index(install) + _RING :][:1]
                 if later and place[later[0]] < place[feed]:
                     raise Illegal("weights change while rows are fed", each)
-
-    def run(self) -> int:
-        """Run all stamps; the cycles they take."""
-        start = 0
-        acts = self.acts
-        for stamp in range(self.segment.stamps):
-            start = stamp * self.segment.length
-            for act in acts:
-                act(stamp)
-        return start + self.last + 1
 
     # Instructions as operations
 
@@ -263,21 +294,52 @@ class Linked:
         return turn
 
     def _link(self, index: int, wired: Wired) -> Act:
-        each, links, values = wired.instruction, self.links, self.values
-        side = each.unit % (self.chip.links // 2)
+        each, values, wires = wired.instruction, self.values, self.wires
+        links = range(each.unit, each.unit + each.gang)
+        if wires.cables.other(self.rank, each.unit) is not None:
+            return self._inside(index, wired, links)
+        key = self.rank, each.unit % wires.cables.onward
         if each.op == "SEND":
             get = self.store.raws(wired.inputs["stream"])
 
             def send(_stamp: int) -> None:
-                links.setdefault(side, []).append(get())
+                wires.onward.setdefault(key, []).append(get())
 
             return send
 
         def receive(_stamp: int) -> None:
-            waiting = links.get(side)
+            waiting = wires.onward.get(key)
             if not waiting:
                 raise Illegal("nothing was sent over the link", each)
             values[index] = waiting.pop(0)
+
+        return receive
+
+    def _inside(self, index: int, wired: Wired, links: range) -> Act:
+        """A vector to or from another chip of the group."""
+        each, values, coming = wired.instruction, self.values, self.wires.coming
+        times = [each.at + i * each.gap for i in range(each.n)]
+        if each.op == "SEND":
+            get = self.store.raws(wired.inputs["stream"])
+            ends = [self.wires.cables.other(self.rank, link) for link in links]
+            late = self.chip.crossing_cycles
+
+            def send(_stamp: int) -> None:
+                for end, raw in zip(ends, get(), strict=True):
+                    if end is None:
+                        raise Illegal("the link leads to no other chip", each)
+                    for i, at in enumerate(times):
+                        coming[*end, at + late] = raw[min(i, len(raw) - 1)]
+
+            return send
+
+        def receive(_stamp: int) -> None:
+            try:
+                values[index] = np.stack(
+                    [[coming.pop((self.rank, link, at)) for at in times] for link in links]
+                )
+            except KeyError:
+                raise Illegal("nothing comes over the link in that cycle", each) from None
 
         return receive
 

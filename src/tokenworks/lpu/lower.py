@@ -45,7 +45,7 @@ class Lowering(Parts):
         scale, inverse = self.scale(mixed[1], "heads")
         rows = self.quantise(mixed[0], inverse, "heads")
         middle = self.buffer("middle", "f32", x.n)
-        self.matmul(rows, "out", x.n, scale, self.added(x, middle))
+        self.matmul(rows, "out", x.n, scale, self.added("out", x, middle))
         self.stage = "norm2"
         rows, scale = self.norm(middle, "norm2")
         self.stage = "gate_up"
@@ -61,15 +61,29 @@ class Lowering(Parts):
         self.stage = "down"
         scale, inverse = self.scale(peak, "inner")
         rows = self.quantise(active, inverse, "inner")
-        self.matmul(rows, "down", x.n, scale, self.added(middle, x))
+        self.matmul(rows, "down", x.n, scale, self.added("down", middle, x))
 
-    def added(self, old: Buffer, new: Buffer) -> Tail:
-        """A tail that adds a matrix' outputs to the residual."""
+    def added(self, name: str, old: Buffer, new: Buffer) -> Tail:
+        """A tail that adds a matrix' outputs to the residual; those of all chips of the group."""
+        group = self.cables.group
 
         def tail(p: Pass, j: int, value: Node) -> None:
+            if group > 1:
+                value, p = self.over_chips(p, f"{name}.shares", group * new.n, j, value)
             p.store(p.op("ADD", value, Read(old, j)), new, j)
 
         return tail
+
+    def over_chips(self, p: Pass, name: str, n: int, word: int, value: Node) -> tuple[Node, Pass]:
+        """The sum of one word over the group, in order of the chips, and the pass it comes in."""
+        group, stage = self.cables.group, self.stage
+        shares = self.buffer(name, "f32", n)
+        p.store(value, shares, word * group + self.rank)
+        self.stage = f"{stage} sums"
+        self.exchange(shares, word)
+        p = self.begin(f"{name} {word}")
+        self.stage = stage
+        return p.op("SUM", Read(shares, word * group), n=group, window=group), p
 
     def rotary(self, turned: Buffer) -> tuple[Buffer, Buffer]:
         """Queries and keys turned by the position: a * cosine + neighbour * sine."""
@@ -319,7 +333,7 @@ def check(chip: Chip, s: Sizes) -> None:
     if s.kv_width > chip.lanes:
         raise UserError(
             f"keys of one token are {s.kv_width} numbers, a vector has {chip.lanes} lanes",
-            "Models with wider keys are not compiled yet; they must be cut over chips.",
+            f"Share each layer among chips: --group {ceil(s.kv_width / chip.lanes)}, or more.",
         )
     widest = max(s.inner, s.hidden)
     if numerics.MOST * numerics.WEIGHT_MOST * chip.dim >= 1 << 31 or widest > 130_000:

@@ -4,8 +4,6 @@ A schedule that is wrong reads other words, other values, or nothing: then it is
 Cycles are counted while running: the last effect of the last instruction, over all tiles.
 """
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,7 +11,8 @@ from tokenworks.errors import UserError
 from tokenworks.lpu import image
 from tokenworks.lpu.chip import SG
 from tokenworks.lpu.graph import rotary
-from tokenworks.lpu.link import Linked
+from tokenworks.lpu.group import share
+from tokenworks.lpu.link import Linked, Lockstep, Wires
 from tokenworks.lpu.numerics import Floats
 from tokenworks.lpu.program import Loaded, Program, Spot
 from tokenworks.lpu.values import decode
@@ -31,7 +30,6 @@ class Core:
         for spot in self.part.fills:
             self.write(spot, words[spot.name])
         self.memory = Memory(chip, self.part, program.map_table(), self.sram)
-        self._linked: dict[tuple[int, int], Linked] = {}
 
     def write(self, spot: Spot, words: image.Words) -> None:
         """Put words where a buffer lies."""
@@ -44,14 +42,6 @@ class Core:
         out: Floats = decode(raw, "f32")
         return out
 
-    def run(self, bucket: int, number: int, links: dict[int, Any]) -> int:
-        """Run a segment, all its stamps; cycles from its first to its last effect."""
-        key = bucket, number
-        if key not in self._linked:
-            segment = self.part.buckets[bucket].segments[number]
-            self._linked[key] = Linked(self.memory, segment, links)
-        return self._linked[key].run()
-
 
 class Machine:
     """All chips of a program and one conversation on them."""
@@ -62,7 +52,9 @@ class Machine:
             Core(loaded.program, index, memory) for index, memory in enumerate(loaded.memory)
         ]
         self.position = 0
-        self._links: dict[int, Any] = {}
+        self._own = share(self.program.sizes, self.program.group, self.program.chip.lanes)
+        self._wires = Wires(self.program.chip, self.program.group)
+        self._ready: dict[tuple[int, int, int], Lockstep] = {}
 
     def reset(self) -> None:
         """Begin a new conversation: nothing needs to be cleared, each token writes its lane."""
@@ -76,26 +68,44 @@ class Machine:
             raise UserError(f"there is no token {token}", f"The vocabulary has {s.vocab}.")
         bucket = program.bucket(position)
         blocks = program.parts[0].buckets[bucket].tokens // chip.lanes
-        given = image.inputs(chip, s, blocks, position, rotary(s, position))
+        given = image.inputs(chip, self._own, blocks, position, rotary(s, position))
         table = self.loaded.embedding
         x = np.zeros((-(-s.hidden // chip.lanes), chip.lanes), np.float32)
         x.reshape(-1)[: s.hidden] = table.values[token].astype(np.float32) * table.scale[token]
         given["x"] = image.vector_words(x)
         cycles = 0
-        for index, core in enumerate(self.cores):
-            for name, words in given.items():
-                if name in core.spots and (name != "x" or not index):
-                    core.write(core.spots[name], words)
-            for number, segment in enumerate(core.part.buckets[bucket].segments):
+        for first in range(0, len(self.cores), program.group):
+            cores = self.cores[first : first + program.group]
+            for core in cores:
+                for name, words in given.items():
+                    if name in core.spots and (name != "x" or not first):
+                        core.write(core.spots[name], words)
+            for number, segment in enumerate(cores[0].part.buckets[bucket].segments):
                 if segment.name == "head" and not want_scores:
                     continue
-                cycles += core.run(bucket, number, self._links)
+                cycles += self._run(first, bucket, number)
                 if segment.name == "send":
                     cycles += chip.link_cycles
         self.position += 1
         cycles += chip.tiles  # the last tile is so much behind the first
         if not want_scores:
             return None, cycles
-        last = self.cores[-1]
-        logits = last.floats(last.spots["out.logits"])
-        return logits.reshape(-1)[: s.vocab].copy(), cycles
+        scores = [
+            core.floats(core.spots["out.logits"]).reshape(-1)[: self._own.vocab]
+            for core in self.cores[-program.group :]
+        ]
+        return np.concatenate(scores)[: s.vocab], cycles
+
+    def _run(self, first: int, bucket: int, number: int) -> int:
+        """Run a segment of the group whose first chip this is; the cycles to its last effect."""
+        key = first, bucket, number
+        if key not in self._ready:
+            cores = self.cores[first : first + self.program.group]
+            self._ready[key] = Lockstep(
+                [
+                    Linked(core.memory, core.part.buckets[bucket].segments[number], self._wires, i)
+                    for i, core in enumerate(cores)
+                ],
+                self._wires,
+            )
+        return self._ready[key].run()

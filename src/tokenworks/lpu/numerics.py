@@ -12,6 +12,11 @@ magnitude / 16,256), sent as two int8 rows, q = 128 * high + low, high = round(q
 times the values' scales, 15 bits with one scale for all heads, for the weighted sum |
 | rotary, SiLU, residual | fp32, every operation rounded once |
 | norms | 15 bits of x * weight; 1 / sqrt(mean of x² + eps), fp32, goes into their scale |
+| a layer shared by chips | chip c of n has the c-th share of the heads, with their key heads, of \
+the inner numbers and of the words; queries, keys, values, heads' outputs and inner numbers have a \
+scale for each chip's share |
+| sum over chips | each chip's product with its columns of the matrix in fp32, ((0 + 1) + 2) + …; \
+then the residual is added |
 | sum over lanes | vectors first, in order; then the 16 lanes of a tile in order; then tiles t and \
 t + 10; then these ten in order |
 | 1 / a | RSQRT(a) squared |

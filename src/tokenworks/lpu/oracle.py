@@ -1,8 +1,15 @@
-"""The right answer: the same quantised model in plain numpy, token by token.
+"""The right answer: the same quantised model in plain numpy.
 
 Written from the numerics table alone; it shares no arithmetic with the machine, knows no chip and
-no schedule, and is checked against llama.cpp on the same file (docs/lpu.md).
+no schedule, and is checked against llama.cpp on the same file (docs/lpu.md). Arrays have a row for
+each token: rows share nothing but the cast of a matrix, and the cache of those before them.
+
+Where a group shares the layers, member by member, in order: each has its heads and inner numbers,
+and what they give to the residual is added up.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,114 +23,155 @@ Ints = NDArray[np.int64]
 
 
 class Oracle:
-    """One conversation. `trace` keeps every integer result of the last token, by name."""
+    """One conversation."""
 
-    def __init__(self, network: Network, *, lanes: int = 320, tile: int = 16) -> None:
+    def __init__(
+        self, network: Network, *, lanes: int = 320, tile: int = 16, group: int = 1
+    ) -> None:
         self.network, self.sizes = network, network.sizes
-        self.lanes, self.tile = lanes, tile
-        self.keys: list[list[tuple[Ints, F]]] = [[] for _ in network.layers]
-        self.values: list[list[tuple[Ints, F]]] = [[] for _ in network.layers]
-        self.trace: dict[str, Ints] = {}
+        self.lanes, self.tile, self.group = lanes, tile, group
+        s = self.sizes
+        heads = np.arange(s.heads).reshape(group, -1)
+        # For each member: the heads, the key heads they use, and which of these each head uses.
+        self._shares = [(own, *np.unique(own // s.rows, return_inverse=True)) for own in heads]
+        # Of each layer and member, for all tokens: int8 as (tokens, key heads, numbers), and their
+        # scales.
+        self.keys: list[list[tuple[Ints, Floats]]] = [self._none() for _ in network.layers]
+        self.values: list[list[tuple[Ints, Floats]]] = [self._none() for _ in network.layers]
 
     def step(self, token: int) -> Floats:
         """Scores of all words after one more token."""
-        position = len(self.keys[0])
-        embedding = self.network.embedding
-        x = embedding.values[token].astype(F) * embedding.scale[token]
+        scores: Floats = self.steps([token])[0]
+        return scores
+
+    def steps(self, tokens: Sequence[int]) -> Floats:
+        """The same for each of some tokens, one after the other."""
+        embedding, which = self.network.embedding, list(tokens)
+        x = embedding.values[which].astype(F) * embedding.scale[which, None]
         for index, layer in enumerate(self.network.layers):
-            x = self._layer(index, layer, x, position)
+            x = self._layer(index, layer, x)
         ints, scale = self._norm(x, self.network.norm)
-        return self._times(self.network.head, ints, scale, "head")
+        return self._times(self.network.head, ints, scale)
+
+    def _none(self) -> list[tuple[Ints, Floats]]:
+        return [
+            (np.zeros((0, len(keys), self.sizes.head_dim), np.int64), np.zeros(0, F))
+            for _, keys, _ in self._shares
+        ]
 
     # One layer
 
-    def _layer(self, index: int, layer: Layer, x: Floats, position: int) -> Floats:
+    def _layer(self, index: int, layer: Layer, x: Floats) -> Floats:
         s = self.sizes
         ints, scale = self._norm(x, layer.norm)
-        q = self._times(layer.q, ints, scale, f"{index}.q").reshape(s.heads, s.head_dim)
-        k = self._times(layer.k, ints, scale, f"{index}.k").reshape(s.kv_heads, s.head_dim)
-        v = self._times(layer.v, ints, scale, f"{index}.v")
-        cosine, sine = rotary(s, position)
-        self.keys[index].append(_eight(_turn(k, cosine, sine).reshape(-1)))
-        self.values[index].append(_eight(v))
-        mixed = self._attend(index, _turn(q, cosine, sine))
-        ints, scale = self._fifteen(mixed)
-        x = x + self._times(layer.out, ints, scale, f"{index}.out")
+        q = self._times(layer.q, ints, scale).reshape(-1, s.heads, s.head_dim)
+        k = self._times(layer.k, ints, scale).reshape(-1, s.kv_heads, s.head_dim)
+        v = self._times(layer.v, ints, scale).reshape(-1, s.kv_heads, s.head_dim)
+        first = len(self.keys[index][0][0])
+        turns = [rotary(s, position) for position in range(first, first + len(x))]
+        k, q = _turned(k, turns), _turned(q, turns)
+        parts = []
+        for member, (heads, keys, _) in enumerate(self._shares):
+            self.keys[index][member] = _with(self.keys[index][member], k[:, keys])
+            self.values[index][member] = _with(self.values[index][member], v[:, keys])
+            parts.append(self._attend(index, member, q[:, heads], first))
+        x = x + self._sum(layer.out, parts)
         ints, scale = self._norm(x, layer.norm2)
-        gate = self._times(layer.gate, ints, scale, f"{index}.gate")
-        up = self._times(layer.up, ints, scale, f"{index}.up")
+        gate = self._times(layer.gate, ints, scale)
+        up = self._times(layer.up, ints, scale)
         root = F(1) / np.sqrt(_exp(-gate) + F(1))
-        ints, scale = self._fifteen(gate * (root * root) * up)
-        return self._times(layer.down, ints, scale, f"{index}.down") + x
+        active = gate * (root * root) * up
+        return self._sum(layer.down, np.split(active, self.group, axis=1)) + x
 
-    def _attend(self, index: int, q: Floats) -> Floats:
-        s = self.sizes
-        keys = np.stack([ints for ints, _ in self.keys[index]]).reshape(-1, s.kv_heads, s.head_dim)
-        values = np.stack([ints for ints, _ in self.values[index]])
-        values = values.reshape(-1, s.kv_heads, s.head_dim)
-        key_scales = np.array([scale for _, scale in self.keys[index]], F)
-        value_scales = np.array([scale for _, scale in self.values[index]], F)
-        ints, scale = self._fifteen(q.reshape(-1))
-        whole = ints.reshape(s.heads, s.head_dim)
-        group = np.arange(s.heads) // s.rows
-        high, low = _halves(whole)
-        score = _joined(
-            np.einsum("hd,thd->ht", high, keys[:, group]),
-            np.einsum("hd,thd->ht", low, keys[:, group]),
-        )
-        score = score * (key_scales * scale * F(1 / np.sqrt(s.head_dim)))
-        e = _exp(score - score.max(axis=1, keepdims=True))
-        share = np.rint(e * F(table.MOST)).astype(np.int64)
-        high, low = _halves(share)
-        root = F(1) / np.sqrt(_joined(high.sum(axis=1), low.sum(axis=1)))
+    def _sum(self, matrix: Matrix, parts: Sequence[Floats]) -> Floats:
+        """A matrix times a vector of which each member has a part, with a scale of its own."""
+        columns = np.split(matrix.values, self.group, axis=1)
+        products = [
+            self._times(Matrix(own, matrix.scale), *_fifteen(part))
+            for own, part in zip(columns, parts, strict=True)
+        ]
+        return _in_order(np.stack(products, axis=1))
+
+    def _attend(self, index: int, member: int, q: Floats, first: int) -> Floats:
+        """A member's heads of each token, over the tokens up to its own; the first token is at
+        position `first`.
+        """
+        s, count = self.sizes, len(q)
+        _, _, which = self._shares[member]
+        keys, key_scales = self.keys[index][member]
+        values, value_scales = self.values[index][member]
+        keys = keys.swapaxes(0, 1)[which]  # heads, tokens, numbers
+        values = values.swapaxes(0, 1)[which]
+        ints, scale = _fifteen(q.reshape(count, -1))
+        score = _product(ints.reshape(q.shape).swapaxes(0, 1), keys.swapaxes(1, 2))
+        score = score * (key_scales * scale[:, None] * F(1 / np.sqrt(s.head_dim)))
+        is_past = np.arange(len(key_scales)) <= first + np.arange(count)[:, None]
+        score = np.where(is_past, score, table.MASKED)
+        e = _exp(score - score.max(axis=2, keepdims=True))
+        high, low = _halves(np.rint(e * F(table.MOST)).astype(np.int64))
+        root = F(1) / np.sqrt(_joined(high.sum(axis=2), low.sum(axis=2)))
         inverse = root * root * F(table.MOST)
-        ints, scale = self._fifteen(e * value_scales)
-        high, low = _halves(ints)
-        self.trace[f"{index}.mix"] = np.einsum("ht,thd->hd", ints, values[:, group])
-        mixed = _joined(
-            np.einsum("ht,thd->hd", high, values[:, group]),
-            np.einsum("ht,thd->hd", low, values[:, group]),
-        )
-        out: Floats = np.multiply(mixed * scale, inverse[:, None], dtype=F)
-        return out.reshape(-1)
+        scaled = (e * value_scales).swapaxes(0, 1)
+        ints, scale = _fifteen(scaled.reshape(count, -1))
+        mixed = _product(ints.reshape(scaled.shape).swapaxes(0, 1), values)
+        out: Floats = np.multiply(mixed * scale[:, None], inverse[:, :, None], dtype=F)
+        return out.swapaxes(0, 1).reshape(count, -1)
 
     # Parts
 
-    def _norm(self, x: Floats, weight: Floats) -> tuple[Ints, F]:
-        ints, scale = self._fifteen(x * weight)
+    def _norm(self, x: Floats, weight: Floats) -> tuple[Ints, Floats]:
+        ints, scale = _fifteen(x * weight)
         mean = self._over_lanes(x * x) * F(1.0 / self.sizes.hidden) + F(self.sizes.eps)
         return ints, F(1) / np.sqrt(mean) * scale
 
-    def _over_lanes(self, squares: Floats) -> F:
+    def _over_lanes(self, squares: Floats) -> Floats:
         """The sum: words first, then a tile's lanes, then opposite tiles, then these pairs."""
-        words = -(-len(squares) // self.lanes)
-        padded = np.zeros(words * self.lanes, F)
-        padded[: len(squares)] = squares
-        lanes = padded[: self.lanes].copy()
-        for word in range(1, words):
-            lanes += padded[word * self.lanes : (word + 1) * self.lanes]
-        tiles = lanes.reshape(-1, self.tile)
-        sums = tiles[:, 0].copy()
-        for lane in range(1, self.tile):
-            sums += tiles[:, lane]
-        half = len(sums) // 2
-        total = F(0)
-        for pair in sums[:half] + sums[half:]:
-            total = F(total + pair)
-        return total
+        count, width = squares.shape
+        words = -(-width // self.lanes)
+        padded = np.zeros((count, words * self.lanes), F)
+        padded[:, :width] = squares
+        lanes = _in_order(padded.reshape(count, words, self.lanes))
+        sums = _in_order(lanes.reshape(count, -1, self.tile).swapaxes(1, 2))
+        half = sums.shape[1] // 2
+        return _in_order(sums[:, :half] + sums[:, half:])
 
-    def _fifteen(self, vector: Floats) -> tuple[Ints, F]:
-        peak = F(max(np.abs(vector).max(), table.LEAST_PEAK))
-        root = F(1) / np.sqrt(peak)
-        whole = np.rint(vector * (root * root * F(table.MOST))).astype(np.int64)
-        return whole, peak * F(1.0 / table.MOST)
+    def _times(self, matrix: Matrix, ints: Ints, scale: Floats) -> Floats:
+        return _product(ints, matrix.values.T) * scale[:, None] * matrix.scale
 
-    def _times(self, matrix: Matrix, ints: Ints, scale: F, name: str) -> Floats:
-        high, low = _halves(ints)
-        weights = matrix.values.astype(np.float64)  # exact: sums stay below 2^53
-        highs, lows = weights @ high, weights @ low
-        self.trace[name] = (highs * table.HIGH + lows).astype(np.int64)
-        return _joined(highs, lows) * scale * matrix.scale
+
+def _product(ints: Ints, matrix: NDArray[np.signedinteger]) -> Floats:
+    """15 bits times int8, summed exactly: no sum is past what fp32, or else fp64, holds whole."""
+    most = ints.shape[-1] * table.WEIGHT_MOST**2
+    kind = np.float32 if most < 1 << 24 else np.float64
+    wide: NDArray[Any] = matrix.astype(kind)
+    high, low = (np.matmul(half.astype(kind), wide) for half in _halves(ints))
+    return _joined(high, low)
+
+
+def _in_order(parts: Floats) -> Floats:
+    """The sum over the second axis, one after the other."""
+    total = parts[:, 0].copy()
+    for index in range(1, parts.shape[1]):
+        total += parts[:, index]
+    return total
+
+
+def _quantised(vectors: Floats, most: int) -> tuple[Ints, Floats]:
+    """Rows as whole numbers up to `most`, and a scale for each."""
+    peak = np.maximum(np.abs(vectors).max(axis=1), table.LEAST_PEAK)
+    root = F(1) / np.sqrt(peak)
+    whole = np.rint(vectors * (root * root * F(most))[:, None]).astype(np.int64)
+    return whole, peak * F(1.0 / most)
+
+
+def _fifteen(vectors: Floats) -> tuple[Ints, Floats]:
+    return _quantised(vectors, table.MOST)
+
+
+def _with(cache: tuple[Ints, Floats], new: Floats) -> tuple[Ints, Floats]:
+    """A cache with the keys or values of more tokens."""
+    ints, scales = _quantised(new.reshape(len(new), -1), table.WEIGHT_MOST)
+    return np.concatenate([cache[0], ints.reshape(new.shape)]), np.concatenate([cache[1], scales])
 
 
 def _halves(whole: Ints) -> tuple[Ints, Ints]:
@@ -136,18 +184,12 @@ def _joined(high: NDArray[np.generic], low: NDArray[np.generic]) -> Floats:
     return out
 
 
-def _eight(vector: Floats) -> tuple[Ints, F]:
-    peak = F(max(np.abs(vector).max(), table.LEAST_PEAK))
-    root = F(1) / np.sqrt(peak)
-    most = F(table.WEIGHT_MOST)
-    return np.rint(vector * (root * root * most)).astype(np.int64), peak * F(
-        1.0 / table.WEIGHT_MOST
-    )
-
-
-def _turn(heads: Floats, cosine: Floats, sine: Floats) -> Floats:
+def _turned(heads: Floats, turns: Sequence[tuple[Floats, Floats]]) -> Floats:
+    """Each token's heads, turned by its position."""
+    cosine, sine = (np.stack(each)[:, None] for each in zip(*turns, strict=True))
     neighbours = heads.reshape(*heads.shape[:-1], -1, 2)[..., ::-1].reshape(heads.shape)
-    return heads * cosine + neighbours * sine
+    turned: Floats = heads * cosine + neighbours * sine
+    return turned
 
 
 def _exp(a: Floats) -> Floats:

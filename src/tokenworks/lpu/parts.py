@@ -6,7 +6,8 @@ from math import ceil
 from tokenworks.lpu import numerics
 from tokenworks.lpu.chip import WEIGHT_STREAMS, Chip
 from tokenworks.lpu.graph import Sizes
-from tokenworks.lpu.passes import Buffer, Kind, Node, Pass, Read
+from tokenworks.lpu.group import Cables
+from tokenworks.lpu.passes import Buffer, Kind, Node, Pass, Read, Store
 
 MOST = float(numerics.MOST)
 STEP = float(numerics.HIGH)
@@ -24,11 +25,16 @@ Tail = Callable[[Pass, int, Node], None]
 
 
 class Parts:
-    """Makes buffers and passes; one for each kind of segment (a layer, the head)."""
+    """Makes buffers and passes; one for each kind of segment (a layer, the head). `sizes` are those
+    of one chip's share, `rank` is its number in its group.
+    """
 
-    def __init__(self, chip: Chip, sizes: Sizes, blocks: int, cached: int = 0) -> None:
+    def __init__(
+        self, chip: Chip, sizes: Sizes, blocks: int, cached: int, group: int = 1, rank: int = 0
+    ) -> None:
         self.chip, self.sizes, self.blocks = chip, sizes, blocks
-        self.cached = cached or blocks  # blocks the cache has room for: the largest bucket's
+        self.cached = cached  # blocks the cache has room for: the largest bucket's
+        self.cables, self.rank = Cables(chip, group), rank
         self.passes: list[Pass] = []
         self.buffers: dict[str, Buffer] = {}
         self.planes = 0
@@ -182,6 +188,30 @@ class Parts:
             p = self.begin(f"{name} {j}")
             value = p.op("MUL", self.combine(p, plane, 2), Read(scale, step=0))
             tail(p, j, p.op("MUL", value, Read(weights, j)))
+
+    def exchange(self, shares: Buffer, word: int) -> None:
+        """A chip's share of a word to all others of its group, and theirs from them.
+
+        All chips do so in the same cycle: what is sent now comes when it has crossed the link.
+        """
+        chip, cables = self.chip, self.cables
+        p = self.begin(f"exchange {shares.name} {word}")
+
+        def mine(rank: int) -> int:
+            return word * cables.group + rank % cables.group
+
+        for turn in range(cables.turns):
+            part, now = turn * cables.width, turn * chip.vector_cycles
+            for ahead in range(1, cables.group):
+                link = cables.first(ahead, word)
+                own = Read(shares, mine(self.rank), part=part, wide=cables.width)
+                p.add(Node("SEND", [own], 1, unit=link, at=now + ahead))
+                # Whoever is so far ahead of this chip has it behind: it sends that much later.
+                at = now + cables.group - ahead + chip.crossing_cycles
+                node = Node("RECEIVE", [], 1, unit=link, at=at, numbers={"width": cables.width})
+                p.add(node).stores.append(
+                    Store(shares, mine(self.rank + ahead), part=part, wide=cables.width)
+                )
 
     def norm(self, source: Buffer, name: str, moves: bool = True) -> tuple[Buffer, Buffer]:
         """RMSNorm: rows for a matrix, and their scale.

@@ -51,7 +51,8 @@ class Read:
     step: int = 1
     hold: int = 1
     map: "Read | None" = None  # its number is added to the address
-    part: int = -1  # of a tile: one slice only
+    part: int = -1  # of its slices: `wide` of them, from this one on
+    wide: int = 1
 
 
 @dataclass(eq=False)
@@ -62,7 +63,8 @@ class Store:
     start: int = 0
     step: int = 1
     map: Read | None = None
-    part: int = -1  # of a tile: one slice only
+    part: int = -1  # of its slices: `wide` of them, from this one on
+    wide: int = 1
     skip: int = 0  # results before the first that is stored
     count: int = 0  # 0: all
 

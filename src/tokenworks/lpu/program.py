@@ -25,7 +25,7 @@ from tokenworks.lpu.image import Words
 from tokenworks.lpu.isa import Instruction, check
 
 MAGIC: Final = b"TWLPU\0"
-VERSION: Final = 1
+VERSION: Final = 2
 _HEAD: Final = struct.Struct("<6sHQ32s")
 _REMEDY: Final = "Compile the model again: tokenworks lpu compile."
 
@@ -62,7 +62,9 @@ class Bucket(msgspec.Struct, frozen=True):
 
 
 class Part(msgspec.Struct, frozen=True):
-    """One chip's share: which layers, where things lie, what it does for each bucket."""
+    """One chip's share: which layers, where things lie, what it does for each bucket. Chips of a
+    group have the same layers; of each layer, the share that `group.share_of` gives.
+    """
 
     first_layer: int
     layers: int
@@ -80,13 +82,22 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Program(msgspec.Struct, frozen=True):
-    """A compiled model without its memory."""
+    """A compiled model without its memory. Each `group` parts, one after the other, share their
+    layers and run in lockstep; groups follow one another along the pipeline.
+    """
 
     model: str
     chip: Chip
     sizes: Sizes
     maps: tuple[bytes, ...]
+    group: int
     parts: tuple[Part, ...]
+
+    @property
+    def groups(self) -> list[tuple[Part, ...]]:
+        """The chips of each group, along the pipeline."""
+        step = self.group
+        return [self.parts[at : at + step] for at in range(0, len(self.parts), step)]
 
     def bucket(self, position: int) -> int:
         """The index of the smallest bucket that takes a token at `position`; UserError if none."""
@@ -130,22 +141,52 @@ def encode(loaded: Loaded) -> bytes:
 
 def decode(raw: bytes | memoryview, name: str) -> Loaded:
     """A file's program; UserError for anything damaged, cut short or of another version."""
-    view = memoryview(raw)
+    with memoryview(raw) as view:
+        head_bytes, digest = _start(view, name)
+        rest = view[_HEAD.size :]
+        if hashlib.sha256(rest).digest() != digest:
+            raise UserError(f"{name} is damaged or cut short: its checksum is wrong", _REMEDY)
+        program, tokenizer_bytes = _head(bytes(rest[:head_bytes]), name)
+        try:
+            return _memory(program, rest[head_bytes:], tokenizer_bytes)
+        except (ValueError, IndexError) as error:
+            raise UserError(f"{name} is no usable program: {error}", _REMEDY) from None
+
+
+def head(raw: bytes | memoryview, name: str) -> Program:
+    """A file's program without its memory, of which only the length is looked at: the checksum is
+    for `decode`. UserError as there.
+    """
+    with memoryview(raw) as view:
+        head_bytes, _ = _start(view, name)
+        program, tokenizer_bytes = _head(bytes(view[_HEAD.size : _HEAD.size + head_bytes]), name)
+        if len(view) != _HEAD.size + head_bytes + _memory_bytes(program) + tokenizer_bytes:
+            raise UserError(f"{name} is damaged or cut short: its length is wrong", _REMEDY)
+        return program
+
+
+def _start(view: memoryview, name: str) -> tuple[int, bytes]:
+    """The length of the head, and the checksum."""
     if len(view) < _HEAD.size or bytes(view[: len(MAGIC)]) != MAGIC:
         raise UserError(f"{name} is no LPU program", _REMEDY)
     _, version, head_bytes, digest = _HEAD.unpack_from(view)
     if version != VERSION:
         raise UserError(f"{name} has version {version}, this program reads {VERSION}", _REMEDY)
-    rest = view[_HEAD.size :]
-    if hashlib.sha256(rest).digest() != digest:
-        raise UserError(f"{name} is damaged or cut short: its checksum is wrong", _REMEDY)
+    return head_bytes, digest
+
+
+def _head(raw: bytes, name: str) -> tuple[Program, int]:
+    """The program, and the length of the tokenizer."""
     try:
-        program, tokenizer_bytes = msgspec.msgpack.decode(
-            rest[:head_bytes], type=tuple[Program, int]
-        )
-        return _memory(program, rest[head_bytes:], tokenizer_bytes)
-    except (msgspec.DecodeError, ValueError, IndexError) as error:
-        raise UserError(f"{name} is no usable program: {error}", _REMEDY) from None
+        return msgspec.msgpack.decode(raw, type=tuple[Program, int])
+    except msgspec.DecodeError as error:
+        raise UserError(f"{name} is damaged or cut short: {error}", _REMEDY) from None
+
+
+def _memory_bytes(program: Program) -> int:
+    """What the words of all chips and the host's table take in the file."""
+    words = sum(part.words(spot) * spot.gang for part in program.parts for spot in part.fills)
+    return words * program.chip.lanes + program.sizes.vocab * (program.sizes.hidden + 4)
 
 
 def _memory(program: Program, raw: memoryview, tokenizer_bytes: int) -> Loaded:

@@ -9,12 +9,21 @@ from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
+from tokenworks.errors import UserError
 from tokenworks.lpu.chip import Chip
 from tokenworks.lpu.draft import Argument, Draft, Drafting, OnStream, Value, gang
 from tokenworks.lpu.isa import LARGE_ALUS, OPS, Instruction
 from tokenworks.lpu.passes import Buffer, Node, Pass
 
 _FAR: int = 1 << 30
+_PATIENCE = 1000  # cycles after all else is done
+
+
+def _unfit(each: Pass) -> UserError:
+    return UserError(
+        f"the compiler finds no schedule for {each.name!r} of the model's {each.stage}",
+        "Try another number of chips, or a shorter --context.",
+    )
 
 
 class Taken:
@@ -122,13 +131,12 @@ class Schedule:
         drafts = Drafting(self.chip, each).run()
         self._check_own_ports(each, drafts)
         start = self._ready(drafts)
-        for _ in range(100_000):
-            later = self._fits(drafts, start)
-            if later <= start:
-                break
+        over = self.length + _PATIENCE
+        while (later := self._fits(drafts, start)) > start:
+            # All else is over: its parts are in each other's way, or it takes more than there is.
+            if start > over:
+                raise _unfit(each)
             start = later
-        else:  # pragma: no cover - two parts of one pass are in each other's way
-            raise AssertionError(f"pass {each.name!r} never fits")
         self._take(each, drafts, start)
 
     def _check_own_ports(self, each: Pass, drafts: Sequence[Draft]) -> None:
@@ -143,7 +151,8 @@ class Schedule:
                 span = draft.at + shift, draft.last + shift
                 in_way = ports[own, index].clash(*span, 0, self.chip.banks)
                 in_way = max(in_way, ports[other, index].clash(*span, *banks))
-                assert in_way < 0, f"{each.name}: slice {index} is used twice in one cycle"
+                if in_way >= 0:
+                    raise _unfit(each)
                 ports[own, index].add(*span, *banks)
 
     def _ready(self, drafts: Sequence[Draft]) -> int:

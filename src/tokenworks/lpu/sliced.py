@@ -15,7 +15,7 @@ from tokenworks.errors import UserError
 from tokenworks.lpu.chip import SG, WEIGHT_STREAMS, Chip
 from tokenworks.lpu.compile import schedule_only
 from tokenworks.lpu.graph import Sizes
-from tokenworks.lpu.program import Program, Segment
+from tokenworks.lpu.program import Segment
 from tokenworks.lpu.timing import segment_cycles
 
 LOCAL_LINKS = 7  # of a chip to the others of its node (ISCA'22)
@@ -72,30 +72,54 @@ def share(sizes: Sizes, group: int, lanes: int) -> Sizes:
     )
 
 
-def sliced(chip: Chip, sizes: Sizes, name: str, group: int, context_tokens: int) -> Sliced:
-    """The time of one token on `group` chips a layer, at the bucket of `context_tokens`."""
+def sliced(
+    chip: Chip,
+    sizes: Sizes,
+    name: str,
+    group: int,
+    context_tokens: int,
+    chips: float | None = None,
+) -> Sliced:
+    """The time of one token on `group` chips a layer, at the bucket of `context_tokens`.
+
+    Where layers lie on fewer `chips` on average, each chip does so much more.
+    """
     own = share(sizes, group, chip.lanes)
     program = schedule_only(chip, own, name, 1, context_tokens)
-    layer, head = _segments(program)
+    layer, head = program.parts[0].buckets[-1].segments
+    return terms(chip, sizes, group, chips or group, part(chip, layer, head))
+
+
+class Part(msgspec.Struct, frozen=True):
+    """One chip's share of a layer and of the head, as scheduled: cycles."""
+
+    layer: int
+    installs: int
+    head: int
+
+
+def part(chip: Chip, layer: Segment, head: Segment) -> Part:
+    """What two scheduled segments take."""
     tiles = sum(e.n * WEIGHT_STREAMS for e in layer.instructions if e.op == "LW") / chip.dim
     installs = round(tiles / chip.planes * chip.install_cycles)
+    return Part(segment_cycles(chip, layer), installs, segment_cycles(chip, head))
+
+
+def terms(chip: Chip, sizes: Sizes, group: int, chips: float, one: Part) -> Sliced:
+    """A whole token's terms, on `chips` a layer that each do what one of `group` does, and more."""
+    more = group / chips
+    installs = round(one.installs * more)
     vectors = ceil(sizes.hidden / chip.lanes) * SG
-    scheduled = segment_cycles(chip, layer)
     return Sliced(
-        group * sizes.layers,
+        round(chips * sizes.layers),
         installs,
-        scheduled - installs,
+        round(one.layer * more) - installs,
         2 * _sum_cycles(chip, vectors, group),
         chip.link_cycles + ceil(vectors / (chip.links - LOCAL_LINKS)) * chip.vector_cycles,
-        segment_cycles(chip, head) + chip.tiles,
+        round(one.head * more) + chip.tiles,
         sizes.layers,
         chip.clock_hz,
     )
-
-
-def _segments(program: Program) -> tuple[Segment, Segment]:
-    layer, head = program.parts[0].buckets[-1].segments
-    return layer, head
 
 
 def _sum_cycles(chip: Chip, vectors: int, group: int) -> int:

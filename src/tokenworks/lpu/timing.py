@@ -5,12 +5,16 @@ This is the compiler's statement; the machine counts for itself, and tests hold 
 
 from collections import defaultdict
 from collections.abc import Mapping
+from math import ceil
+from typing import Final
 
 import msgspec
 
-from tokenworks.lpu.chip import Chip
+from tokenworks.lpu.chip import WEIGHT_STREAMS, Chip
 from tokenworks.lpu.isa import OPS, Instruction
 from tokenworks.lpu.program import Program, Segment
+
+MATRICES: Final = ("qkv", "out", "gate_up", "down", "head")  # operators that load weights
 
 
 class Timing(msgspec.Struct, frozen=True):
@@ -42,7 +46,7 @@ def token_cycles(program: Program, bucket: int, *, with_scores: bool = True) -> 
     """Cycles of one token; without the head where its scores aren't wanted."""
     chip = program.chip
     total = chip.tiles
-    for part in program.parts:
+    for part, *_ in program.groups:  # the others run at the same time
         for segment in part.buckets[bucket].segments:
             if segment.name == "head" and not with_scores:
                 continue
@@ -58,10 +62,12 @@ def timing(program: Program, bucket: int) -> Timing:
     stages: dict[str, int] = defaultdict(int)
     busy: dict[str, int] = defaultdict(int)
     count = 0
-    for part in program.parts:
+    for index, part in enumerate(program.parts):
         for segment in part.buckets[bucket].segments:
             count += len(segment.instructions)
-            _stages(chip, segment, stages)
+            if not index % program.group:  # the others run at the same time
+                _stages(chip, segment, stages)
+                stages["links"] += chip.link_cycles * (segment.name == "send")
             for each in segment.instructions:
                 unit = OPS[each.op].unit
                 work = chip.vector_cycles if unit == "C2C" else 1
@@ -69,8 +75,6 @@ def timing(program: Program, bucket: int) -> Timing:
                 name = {"LW": "MXM loading", "ABC": "MXM rows"}.get(each.op, unit)
                 if each.op not in ("IW", "ACC"):
                     busy[name] += each.n * each.gang * work * segment.stamps
-            if segment.name == "send":
-                stages["links"] += chip.link_cycles
     stages["tiles"] = chip.tiles
     units = {"MEM": 2 * chip.slices, "VXM": chip.alus, "MXM loading": chip.planes,
              "MXM rows": chip.planes, "SXM": 4, "C2C": chip.links}  # fmt: skip
@@ -98,6 +102,48 @@ def _stages(chip: Chip, segment: Segment, stages: dict[str, int]) -> None:
         stages[stage] += max(end - until, 0) * segment.stamps
         until = max(until, end)
     stages["between layers"] += (segment.length - until) * (segment.stamps - 1)
+
+
+class Operator(msgspec.Struct, frozen=True):
+    """One operator of a segment, in cycles.
+
+    `cycles` of the segment are over when it is done that were not before. Of one token `loads` is
+    what bringing its weights into the planes takes, `row` what the busiest unit works besides: more
+    tokens at once share the loads, and add their rows.
+    """
+
+    name: str
+    cycles: int
+    loads: int
+    row: int
+
+    def more(self, rows: int) -> int:
+        """Cycles that so many tokens at once take beyond those of one."""
+        return max(self.loads, rows * self.row) - max(self.loads, self.row)
+
+
+def operators(chip: Chip, segment: Segment) -> list[Operator]:
+    """All operators of a segment, over all stamps; their `cycles` add up to `segment_cycles`."""
+    stages: dict[str, int] = defaultdict(int)
+    _stages(chip, segment, stages)
+    units = {"LW": chip.planes, "ABC": chip.planes, "VXM": chip.alus, "SXM": 4, "C2C": chip.links}
+    busy: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for each, stage in zip(segment.instructions, segment.stages, strict=True):
+        unit = each.op if each.op in units else OPS[each.op].unit
+        if unit in units:
+            work = chip.vector_cycles if unit == "C2C" else each.gap
+            busy[stage][unit] += each.n * each.gang * work * segment.stamps
+    found = []
+    for name, cycles in stages.items():
+        work_of = busy[name]
+        # A plane takes `install_cycles` for a tile, whatever the streams could bring.
+        tiles = work_of.pop("LW", 0) * WEIGHT_STREAMS / chip.dim / chip.planes
+        loads = ceil(tiles * chip.install_cycles)
+        row = max((ceil(n / units[unit]) for unit, n in work_of.items()), default=0)
+        if name not in MATRICES:
+            row, loads = max(row, loads), 0  # what is loaded is the token's own
+        found.append(Operator(name, cycles, loads, row))
+    return found
 
 
 def sram_share(program: Program) -> float:

@@ -12,7 +12,8 @@ What is proved, for every segment:
    what is read has been written or given; reads and writes that meet keep one order;
 6. planes: weights are whole before they are installed, installed before rows are fed, kept while
    they are used; accumulators are read when they are done and not replaced before;
-7. links: what one chip sends, the next receives, one vector at a time;
+7. links: what one chip sends, the next receives, one vector at a time; inside a group, in the very
+   cycle in which it has crossed the link;
 8. all is over before the segment's end, so that stamps can't meet.
 """
 
@@ -23,6 +24,7 @@ from itertools import pairwise
 import msgspec
 
 from tokenworks.errors import UserError
+from tokenworks.lpu import align
 from tokenworks.lpu.chip import WEIGHT_STREAMS, Chip
 from tokenworks.lpu.flow import REMEDY, Flow, Illegal, gang_shift
 from tokenworks.lpu.isa import LARGE_ALUS, OPS, Instruction, check
@@ -42,7 +44,11 @@ class Proof(msgspec.Struct, frozen=True):
 def verify(program: Program) -> Proof:
     """Prove all segments of all chips; UserError (mostly Illegal) where one breaks a rule."""
     segments = instructions = operands = 0
+    if program.group < 1 or len(program.parts) % program.group:
+        raise UserError(f"{len(program.parts)} chips in groups of {program.group}", REMEDY)
+    places = len(program.parts) // program.group
     for index, part in enumerate(program.parts):
+        place = index // program.group
         _check_buffers(program.chip, part)
         for bucket in part.buckets:
             for segment in bucket.segments:
@@ -50,11 +56,11 @@ def verify(program: Program) -> Proof:
                 segments += 1
                 instructions += len(segment.instructions)
             names = [segment.name for segment in bucket.segments]
-            wanted = ["receive"] * (index > 0) + ["layer"]
-            wanted.append("send" if index + 1 < len(program.parts) else "head")
+            wanted = ["receive"] * (place > 0) + ["layer"]
+            wanted.append("send" if place + 1 < places else "head")
             if names != wanted:
                 raise UserError(f"segments {names} instead of {wanted}", REMEDY)
-    _check_links(program)
+    align.check(program)
     return Proof(segments, instructions, operands)
 
 
@@ -76,17 +82,6 @@ def _check_buffers(chip: Chip, part: Part) -> None:
         for (_, end, name), (start, _, other) in pairwise(ranges):
             if start < end:
                 raise UserError(f"buffers {name} and {other} overlap", REMEDY)
-
-
-def _check_links(program: Program) -> None:
-    half = program.chip.links // 2
-    for left, right in zip(program.parts, program.parts[1:], strict=False):
-        for sender, receiver in zip(left.buckets, right.buckets, strict=True):
-            sent = [e for e in sender.segments[-1].instructions if e.op == "SEND"]
-            got = [e for e in receiver.segments[0].instructions if e.op == "RECEIVE"]
-            ways = [[(e.unit % half, e.n, e.gang) for e in side] for side in (sent, got)]
-            if sorted(ways[0]) != sorted(ways[1]):
-                raise UserError("one chip sends what the next doesn't receive", REMEDY)
 
 
 class _Busy:

@@ -6,6 +6,7 @@ chrome://tracing open. Both show each segment once: a layer's stamps are all ali
 
 from collections.abc import Iterator
 from html import escape
+from itertools import count
 from typing import Any, Final
 
 import msgspec
@@ -16,6 +17,7 @@ from tokenworks.lpu.timing import segment_cycles
 
 _ROW: Final = 9
 _LEFT: Final = 120
+_BESIDE: Final = 16  # threads a row may have
 _SCALE: Final = 0.4  # pixels of a cycle, at first
 # Twelve operators, distinguishable in order around the circle and by lightness.
 _HUES: Final = (210, 30, 130, 340, 265, 60, 180, 0, 235, 95, 300, 15)
@@ -68,6 +70,8 @@ def rows_of(program: Program, each: Instruction) -> Iterator[tuple[str, int]]:
 def page(program: Program, bucket: int) -> str:
     """One HTML file that shows every segment of every chip once."""
     title = f"{program.model} on {len(program.parts)} x {program.chip.name}"
+    if program.group > 1:
+        title += f", {program.group} to a layer"
     parts = []
     for index, part in enumerate(program.parts):
         for segment in part.buckets[bucket].segments:
@@ -129,28 +133,47 @@ def _colour(index: int) -> str:
 
 
 def chrome(program: Program, bucket: int) -> bytes:
-    """The schedule in Chrome's trace format: microseconds of the chip's clock."""
+    """The schedule in Chrome's trace format; a cycle is a microsecond of the picture, exactly.
+
+    A process is a chip, a thread a row. The format wants what is on one thread nested or apart, so
+    instructions of a row that overlap (of slices that share a row) go to a thread beside it.
+    """
     events: list[dict[str, Any]] = []
-    clock = program.chip.clock_hz / 1e6
-    start = 0
+    begun = start = 0
     for index, part in enumerate(program.parts):
-        threads: dict[str, int] = {}
-        events.append({"ph": "M", "pid": index, "name": "process_name",
-                       "args": {"name": f"chip {index}"}})  # fmt: skip
+        # Chips of a group run at the same time, groups one after the other.
+        begun = start = begun if index % program.group else start
+        bars: list[tuple[int, int, str, dict[str, Any]]] = []
         for segment in part.buckets[bucket].segments:
             for each, stage in zip(segment.instructions, segment.stages, strict=True):
-                for row, order in rows_of(program, each):
-                    threads[row] = order
-                    events.append({
-                        "ph": "X", "pid": index, "tid": order, "name": each.op, "cat": stage,
-                        "ts": (start + each.at) / clock,
-                        "dur": ((each.n - 1) * each.gap + 1) / clock,
-                        "args": {"stage": stage, "cycle": start + each.at, "count": each.n},
-                    })  # fmt: skip
+                at = start + each.at
+                bar = {"ph": "X", "pid": index, "name": each.op, "cat": stage, "ts": at,
+                       "dur": (each.n - 1) * each.gap + 1,
+                       "args": {"stage": stage, "count": each.n}}  # fmt: skip
+                bars += [(order, at, row, bar) for row, order in rows_of(program, each)]
             start += segment_cycles(program.chip, segment)
             start += program.chip.link_cycles * (segment.name == "send")
-        events += [
-            {"ph": "M", "pid": index, "tid": order, "name": "thread_name", "args": {"name": row}}
-            for row, order in threads.items()
-        ]
-    return msgspec.json.encode({"traceEvents": events, "displayTimeUnit": "ns"})
+        events.append(_named(index, 0, "process_name", f"chip {index} (1 µs is a cycle)"))
+        events += _threads(index, bars)
+    return msgspec.json.encode({"traceEvents": events})
+
+
+def _threads(chip: int, bars: list[tuple[int, int, str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Bars (row's order, start, row's name, event) on as many threads as keep them apart."""
+    found: list[dict[str, Any]] = []
+    ends: dict[tuple[str, int], int] = {}
+    for order, at, row, bar in sorted(bars, key=lambda each: each[:3]):
+        beside = next(n for n in count() if ends.get((row, n), 0) <= at)
+        tid = order * _BESIDE + beside
+        if (row, beside) not in ends:
+            name = row if not beside else f"{row}, too"
+            found.append(_named(chip, tid, "thread_name", name))
+            found.append({"ph": "M", "pid": chip, "tid": tid, "name": "thread_sort_index",
+                          "args": {"sort_index": tid}})  # fmt: skip
+        ends[row, beside] = at + bar["dur"]
+        found.append({**bar, "tid": tid})
+    return found
+
+
+def _named(chip: int, tid: int, what: str, name: str) -> dict[str, Any]:
+    return {"ph": "M", "pid": chip, "tid": tid, "name": what, "args": {"name": name}}

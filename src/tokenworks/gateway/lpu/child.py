@@ -1,7 +1,7 @@
 """The machine's process: `python -m tokenworks.gateway.lpu.child`, started by the supervisor.
 
-It reads one JSON line (an LpuLaunch), proves the program legal, says in one line that it can
-answer, and works until its input ends.
+It reads one JSON line (an LpuLaunch), checks the program and proves it legal, says in one line that
+it can answer, or why not, and works until its input ends.
 """
 
 import asyncio
@@ -31,7 +31,9 @@ def main() -> None:
         loaded = program.decode(path.read_bytes(), str(path))
         verify(loaded.program)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        why = (error.message, error.remedy) if isinstance(error, UserError) else (str(error), "")
+        refusal = msgspec.json.encode({"error": why[0], "remedy": why[1]})
+        print(refusal.decode(), flush=True)  # noqa: T201
         sys.exit(1)
     asyncio.run(_serve(Host(Machine(loaded), launch.model_name), launch.socket_path))
 

@@ -6,6 +6,7 @@ It is behind the gateway, which has checked its requests and always asks for a s
 import asyncio
 import codecs
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Final
@@ -88,7 +89,7 @@ class Host:
         self._machine, self.name = machine, name
         self._words = msgspec.msgpack.decode(machine.loaded.tokenizer, type=Vocabulary)
         self._tokenizer = Tokenizer(self._words)
-        self._turn = asyncio.Lock()
+        self._turn, self._pass = asyncio.Lock(), threading.Lock()
         self.room = machine.program.parts[0].buckets[-1].tokens
 
     async def complete(self, request: Request) -> Response:
@@ -108,7 +109,7 @@ class Host:
         return StreamingResponse(events, media_type="text/event-stream")
 
     async def _events(self, tokens: list[int], most: int, ask: _Ask) -> AsyncIterator[bytes]:
-        """The answer's events; whoever stops reading stops the machine after its token."""
+        """The answer's events; whoever stops reading stops the machine after its pass."""
         is_chat, cut = bool(ask.messages), _Cut(ask.stops)
         kind = "chat.completion.chunk" if is_chat else "text_completion"
         record: dict[str, Any] = {
@@ -121,12 +122,13 @@ class Host:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         count = cycles = 0
         async with self._turn:
-            self._machine.reset()
             saying = answer(self._machine, tokens, most, self._tokenizer.end)
-            while (said := await asyncio.to_thread(_following, saying)) is not None:
+            while (said := await asyncio.to_thread(self._following, saying)) is not None:
+                cycles += said.cycles
+                if said.token is None:
+                    continue
                 text = cut.feed(decoder.decode(self._tokenizer.bytes_of(said.token)))
                 count += 1
-                cycles += said.cycles + said.read_cycles
                 yield _event(record, _choice(text, None, is_chat, first=count == 1))
                 if cut.is_over:
                     break
@@ -139,6 +141,11 @@ class Host:
             "cycles": cycles,
         }
         yield _event({**record, "usage": usage}, None) + b"data: [DONE]\n\n"
+
+    def _following(self, saying: Iterator[Said]) -> Said | None:
+        """The next pass. Who left in the middle of one has given up his turn, but not this lock."""
+        with self._pass:
+            return next(saying, None)
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models."""
@@ -157,10 +164,6 @@ def app(host: Host) -> Starlette:
     paths = ("/v1/chat/completions", "/v1/completions")
     routes = [Route(path, host.complete, methods=["POST"]) for path in paths]
     return Starlette(routes=[*routes, Route("/v1/models", host.models)])
-
-
-def _following(saying: Iterator[Said]) -> Said | None:
-    return next(saying, None)
 
 
 def _choice(text: str, reason: str | None, is_chat: bool, *, first: bool) -> dict[str, Any]:
