@@ -1,6 +1,7 @@
 """Prompts on some replicas, answers on others, and the cache's way between them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -122,7 +123,7 @@ def test_another_pools_writer_learns_nothing_from_a_promise_that_was_not_its_own
     room = "limits = { context_tokens = 4096 }"
     pools = [pool(name, 1, "groq-3-lpu", room) for name in ("known", "learned")]
     writes = {"role": "decode"}
-    change = {**ROLES, "known": writes, "learned": {**writes, "forecast": Prior()}}
+    change: dict[str, Any] = {**ROLES, "known": writes, "learned": {**writes, "forecast": Prior()}}
     hand = Hand(pool("reads", more=SEATS), *pools, QUIET, WAIT, change=change)
     first, other = (1, 2) if gone == "known" else (2, 1)
     hand.tell(ReplicaDown(other))
