@@ -17,7 +17,6 @@ that is not shared they agree. docs/validation.md has the results.
 import argparse
 import asyncio
 import contextlib
-import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -35,9 +34,10 @@ from tokenworks.cost import Batch, Chunk
 from tokenworks.cost.measured import Constants, Measured
 from tokenworks.engine.continuous import ContinuousBatch
 from tokenworks.engine.work import Limits
+from tokenworks.gateway.address import Address, socket_folder, socket_in
 from tokenworks.gateway.embedded.launch import STEP_TOKENS, Launch, plan
 from tokenworks.gateway.embedded.supervisor import supervised
-from tokenworks.gateway.engine import Address, Engine
+from tokenworks.gateway.engine import Engine
 from tokenworks.gateway.settings import EngineSettings
 from tokenworks.gateway.traits import EMBEDDED
 from tokenworks.twin.calibrate import Stream, calibrated, steps
@@ -139,8 +139,8 @@ async def embedded() -> AsyncIterator[tuple[Launch, Clock]]:
     before = set(psutil.Process().children())
     model = models.model(models.DEFAULT)
     path = store.ensure(model, lambda _what, _done, _total: None)
-    with tempfile.TemporaryDirectory(prefix="tokenworks-", ignore_cleanup_errors=True) as folder:
-        socket_path = Path(folder) / "engine.sock"
+    with socket_folder() as folder:
+        socket_path = socket_in(folder, model.name)
         launch = plan(path, model.name, store.read_header(path), EngineSettings(), socket_path)
         address = Address(path=launch.socket_path)
         engine = Engine(model.name, EMBEDDED, address, slots=launch.slots)

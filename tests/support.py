@@ -53,6 +53,13 @@ class Running:
     def post(self, document: Any, path: str = "/v1/chat/completions", **headers: str) -> "Answer":
         return exchange(self.address, request_bytes(document, path, **headers))
 
+    def receipt(self, answer: "Answer") -> dict[str, Any]:
+        """What became of a request."""
+        path = f"/v1/receipts/{answer.headers['x-request-id']}"
+        order = f"GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()
+        found: dict[str, Any] = exchange(self.address, order).json
+        return found
+
     def figures(self) -> dict[str, float]:
         """The gateway's metrics, by name with labels."""
         text = exchange(self.address, b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n").body

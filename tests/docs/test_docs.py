@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from tests.support import Running
+from tokenworks.gateway.allowance import TenantSettings
 from tokenworks.gateway.batch.settings import BatchSettings
 from tokenworks.gateway.energy.meters import MeterSettings
-from tokenworks.gateway.gateway import Limits
+from tokenworks.gateway.limits import Limits
 from tokenworks.gateway.refusals import _CODES, _WHY
 from tokenworks.gateway.settings import (
     EngineSettings,
@@ -24,7 +25,6 @@ from tokenworks.gateway.settings import (
     load,
 )
 from tokenworks.gateway.stage import Stage
-from tokenworks.gateway.tenancy import TenantSettings
 from tokenworks.sched.config import ClassRules, Policy, ScaleRules
 from tokenworks.sched.prior import Prior
 

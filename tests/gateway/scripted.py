@@ -134,7 +134,8 @@ class ScriptedEngine:
         self.heads.append(head)
         self.open += 1
         try:
-            last = document.get("prompt") or document["messages"][-1]["content"]
+            last = document.get("prompt") or document.get("input")
+            last = last or document["messages"][-1]["content"]
             await SCENES[last.split()[0]](Play(self, document, head, reader, writer))
         finally:
             self.open -= 1

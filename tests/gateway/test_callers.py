@@ -11,12 +11,11 @@ import pytest
 
 from tests.gateway.scripted import ScriptedEngine
 from tests.support import Answer, Running, exchange, gateway, run, wait_for
+from tokenworks.gateway.allowance import Allowance, Used
 from tokenworks.gateway.keys import Keys
 from tokenworks.gateway.ledger import table
 from tokenworks.gateway.ledger.row import Row
 from tokenworks.gateway.ledger.usage import used_by_day
-from tokenworks.gateway.ratelimit import Allowance
-from tokenworks.gateway.tenancy import Used
 from tokenworks.units import NS_PER_S
 
 HELLO = {"model": "scripted", "messages": [{"role": "user", "content": "good"}]}

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -253,6 +253,80 @@ def test_an_engine_that_blames_the_request_is_believed(alone: tuple[Running, Pat
     answer = alone[0].post(scripted("blames"))
     assert answer.text == "one"
     assert answer.events[-1]["error"]["message"] == "your fault"
+
+
+class Pair(NamedTuple):
+    """A gateway over two scripted engines."""
+
+    running: Running
+    engines: tuple[ScriptedEngine, ScriptedEngine]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    folder = tmp_path_factory.mktemp("pair")
+    with ScriptedEngine() as one, ScriptedEngine() as other:
+        path = fleet_file(folder, [one.url, other.url])
+        with gateway("--fleet", str(path), TOKENWORKS_STATE=str(folder / "state")) as running:
+            yield Pair(running, (one, other))
+
+
+def test_an_engine_that_only_opens_a_stream_is_hedged(pair: Pair) -> None:
+    asked: list[ScriptedEngine] = []
+
+    async def opens(play: Play) -> None:
+        """The first to be asked says who it is, and no more."""
+        asked.append(play.engine)
+        if len(asked) > 1:
+            await SCENES["good"](play)
+            return
+        role = event("").replace(b'"content":""', b'"role":"assistant","content":""')
+        await play.send(HEAD + framed(role))
+        await play.until_gone()
+        play.engine.hung_up += 1
+        play.writer.close()
+
+    SCENES["opens"] = opens
+    answer = pair.running.post(scripted("opens", service_tier="priority"))
+    assert answer.text == "one two three"
+    assert b"assistant" not in answer.body
+    assert pair.running.receipt(answer)["hedged"]
+    wait_for(lambda: asked[0].hung_up == 1)
+
+
+def test_an_engine_that_limits_us_gets_less_and_is_not_taken_for_dead(pair: Pair) -> None:
+    """As Groq's cloud does it."""
+    asked: list[ScriptedEngine] = []
+    limited: set[ScriptedEngine] = set()
+
+    async def limits(play: Play) -> None:
+        if not asked:
+            limited.add(play.engine)
+        asked.append(play.engine)
+        if play.engine not in limited:
+            await SCENES["good"](play)
+            return
+        body = b'{"error":{"message":"Rate limit reached","code":"rate_limit_exceeded"}}'
+        head = b"HTTP/1.1 429 Too Many Requests\r\ncontent-type: application/json\r\n"
+        more = b"retry-after: 41.5\r\ncontent-length: %d\r\n\r\n" % len(body)
+        await play.send(head + more + body)
+
+    SCENES["limits"] = limits
+    for _ in range(6):
+        answer = pair.running.post(scripted("limits"))
+        assert answer.text == "one two three"
+    assert len(asked) == 7
+    assert asked.count(asked[0]) == 1
+    assert ups(pair.running) == [1, 1]
+    limited.update(pair.engines)
+    refused = pair.running.post(scripted("limits"))
+    assert (refused.status, refused.headers["retry-after"]) == (429, "42")
+    assert refused.headers["x-refusal-reason"] == refused.error["code"] == "rate_limit_exceeded"
+    assert asked.count(asked[0]) == 1
+    # Now that both rest, whoever comes is for them to judge.
+    limited.clear()
+    assert pair.running.post(scripted("limits")).text == "one two three"
+    assert ups(pair.running) == [1, 1]
 
 
 ERROR = b'data: {"error":{"message":"gone"}}\n\n'

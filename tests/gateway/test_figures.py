@@ -11,7 +11,7 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.gateway.scripted import ScriptedEngine
-from tests.support import Running, exchange, gateway, wait_for
+from tests.support import Client, Running, exchange, gateway, request_bytes, wait_for
 from tokenworks.gateway.figures import Figures
 from tokenworks.gateway.ledger.row import Row
 
@@ -156,6 +156,26 @@ def test_each_replicas_energy_is_the_sum_of_its_parts(mixed: Running) -> None:
     assert found["tokenworks_connections"] >= 1
     assert found["tokenworks_ledger_broken"] == 0
     assert found["tokenworks_unresumable_total not_resumable"] == 1
+
+
+def test_engines_of_the_gateways_own_tell_how_busy_they_are(mixed: Running) -> None:
+    """As those elsewhere do."""
+    asked = {"model": "llama-3.1-8b", "messages": HELLO, "max_tokens": 4000, "ignore_eos": True}
+    with Client(mixed.address) as client:
+        client.send(request_bytes({**asked, "stream": True}))
+        client.head()
+
+        def told() -> list[dict[str, float]]:
+            order = b"GET /admin/state HTTP/1.1\r\nhost: localhost\r\n\r\n"
+            engines = exchange(mixed.address, order).json["engines"]
+            mine = [each for each in engines if each["name"].startswith("gpu")]
+            return [each.get("telemetry") or {"running": -1} for each in mine]
+
+        wait_for(lambda: sorted(each["running"] for each in told()) == [0, 1], 20)
+        assert {each["waiting"] for each in told()} == {0}
+        found = samples(metrics(mixed))
+        name = "vllm:kv_cache_usage_perc llama-3.1-8b"
+        assert max(found[f"{name} gpu-0"], found[f"{name} gpu-1"]) > 0
 
 
 def test_every_expression_of_the_dashboard_is_of_metrics_that_are_there(mixed: Running) -> None:

@@ -23,6 +23,7 @@ from tests.support import MODEL, Answer, Client, Running, exchange, gateway, req
 from tokenworks.assets import store
 from tokenworks.catalog import models
 from tokenworks.gateway import kv
+from tokenworks.gateway.address import socket_in
 from tokenworks.gateway.emulated.words import voice
 from tokenworks.gateway.seats import Seats
 
@@ -121,7 +122,7 @@ def process_of(running: Running, name: str) -> psutil.Process:
     for pid in running.engine_pids():
         process = psutil.Process(pid)
         for place in process.net_connections("unix"):
-            if str(place.laddr).endswith(f"/{name}.sock"):
+            if str(place.laddr).endswith(socket_in(Path("/"), name)):
                 return process
     raise AssertionError(f"{name} is at none of {running.engine_pids()}")
 

@@ -8,9 +8,9 @@ import pytest
 
 from tests.support import run
 from tokenworks.errors import UserError
+from tokenworks.gateway.allowance import Allowance
 from tokenworks.gateway.keys import Key, Keys
 from tokenworks.gateway.problem import Problem
-from tokenworks.gateway.ratelimit import Allowance
 
 
 class Clock:

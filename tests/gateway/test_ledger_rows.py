@@ -24,7 +24,6 @@ FULL = Row(
     NOW_NS,
     tenant="acme",
     model="m",
-    asked="realtime",
     service_class="realtime",
     replica="gpu-0",
     prompt_tokens=100,

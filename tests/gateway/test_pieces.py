@@ -1,6 +1,9 @@
 """The parts without sockets: framing, heads, tool calls, requests."""
 
 import json
+import socket
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -9,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenworks.gateway import framing
+from tokenworks.gateway.address import socket_folder, socket_in
 from tokenworks.gateway.heads import KnownHead
 from tokenworks.gateway.intake import Intake
 from tokenworks.gateway.problem import Problem
 from tokenworks.gateway.schema import ChatRequest
 from tokenworks.gateway.tools import Emulation
 from tokenworks.gateway.traits import EMBEDDED, REMOTE
+from tokenworks.gateway.upstream import is_plain
 
 SIZES = st.lists(st.integers(0, 400), max_size=30)
 
@@ -64,9 +69,10 @@ def head(length: str, more: str = "") -> bytes:
 
 def test_a_known_head_is_known_with_another_length() -> None:
     known: KnownHead[str] = KnownHead()
-    known.learn(head("12") + b"body", 12, "meaning")
-    assert known.find(head("12")) == ("meaning", len(head("12")), 12)
-    assert known.find(head("345") + b"more") == ("meaning", len(head("345")), 345)
+    body = 12 * b"x"
+    known.learn(head("12") + body, 12, "meaning")
+    assert known.find(head("12") + body) == ("meaning", body)
+    assert known.find(head("4") + b"more") == ("meaning", b"more")
     for other in (
         head("12", "X: y\r\n"),
         head("12").replace(b"/x", b"/y"),
@@ -77,8 +83,10 @@ def test_a_known_head_is_known_with_another_length() -> None:
         head("12")[:-2],
         b"",
         b"\r\n\r\n",
+        head("11"),  # something follows
+        head("13"),  # not all is there
     ):
-        assert known.find(other) is None
+        assert known.find(other + body) is None
 
 
 @pytest.mark.parametrize(
@@ -94,7 +102,7 @@ def test_a_known_head_is_known_with_another_length() -> None:
 def test_an_odd_head_is_never_learnt(odd: bytes) -> None:
     known: KnownHead[str] = KnownHead()
     known.learn(odd, 12, "meaning")
-    assert known.find(odd) is None
+    assert known.find(odd + 12 * b"x") is None
 
 
 def chat(**fields: Any) -> bytes:
@@ -223,3 +231,32 @@ def test_half_a_surrogate_pair_silences_nothing() -> None:
             said = "".join(c["delta"].get("content", "") for c in choices)
             assert said.startswith("hi \N{REPLACEMENT CHARACTER}")
             assert said.endswith(" there")
+
+
+@pytest.mark.parametrize(
+    ("events", "is_well"),
+    [
+        ([b'data: {"choices":[]}'], True),
+        ([b'data: {"choices":[]}', b'data: {"choices":[1]}'], True),
+        ([b'data: {"cho', b'data: {"choices":[]}'], False),  # the broken one comes first
+        ([b'data: {"error":{"code":500}}', b'data: {"choices":[]}'], False),
+        ([b'data: {"choices":[],"usage":{}}'], False),
+        ([b"data: [DONE]"], False),
+    ],
+)
+def test_what_is_forwarded_unread_is_whole_events(events: list[bytes], is_well: bool) -> None:
+    whole = [event + b"\n\n" for event in events]
+    assert is_plain(framing.chunk(b"".join(whole))) is is_well
+    assert is_plain(b"".join(map(framing.chunk, whole))) is is_well
+
+
+@pytest.mark.parametrize("place", ["t", "t" * 100])
+def test_socket_files_can_be_bound_wherever_temporary_files_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (tmp_path / place).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / place))
+    with socket_folder() as folder, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(socket_in(folder, "a pool / of a very long name " * 9))
+        assert len(list(folder.iterdir())) == 1
+    assert not folder.exists()

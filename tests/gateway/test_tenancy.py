@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tokenworks.gateway.allowance import Allowance, TenantSettings, Used
 from tokenworks.gateway.keys import Key
 from tokenworks.gateway.problem import Problem
-from tokenworks.gateway.ratelimit import Allowance, span
-from tokenworks.gateway.tenancy import Tenancy, TenantSettings, Used, tenant_of
+from tokenworks.gateway.ratelimit import span
+from tokenworks.gateway.tenancy import Tenancy, tenant_of
 from tokenworks.sched.config import ServiceClass
 
 NOON = datetime(2026, 11, 3, 12, tzinfo=UTC).timestamp()

@@ -265,7 +265,7 @@ def test_neither_prompts_answers_nor_keys_are_written_anywhere(
 
 
 def test_spans_of_what_failed_say_so() -> None:
-    row = Row("r", 1, outcome="failed", reason="engine_lost", status=502, asked="realtime")
+    row = Row("r", 1, outcome="failed", reason="engine_lost", status=502, service_class="realtime")
     said = attributes(row, "chat")
     assert said["error.type"] == "engine_lost"
     assert said["http.response.status_code"] == 502

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from tokenworks.cli.console import ERR, OUT
 from tokenworks.errors import UserError
+from tokenworks.gateway.allowance import Allowance
 from tokenworks.gateway.keys import Key, Keys, default_path
-from tokenworks.gateway.ratelimit import Allowance
 
 keys = cyclopts.App(
     name="keys",

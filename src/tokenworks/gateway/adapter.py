@@ -21,8 +21,9 @@ _HINTS: Final = frozenset(
     {"cache_prompt", "priority", "request_id", "stream_reasoning", "timings_per_token"}
 )
 
+_KINDS: Final = tuple(KINDS.values())
 # What is in messages and stream_options, and may have to go.
-_INNER: Final = {path for traits in KINDS.values() for path in traits.dropped if "." in path}
+_INNER: Final = {path for traits in _KINDS for path in traits.dropped if "." in path}
 _OF_MESSAGES: Final = tuple(
     sorted(path.removeprefix("messages[].") for path in _INNER if path.startswith("messages"))
 )
@@ -34,13 +35,15 @@ _PLAIN_FORM: Final = {"type": "text"}  # a response_format that asks for nothing
 _raw_decoder: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def named(request: Request) -> frozenset[str]:
-    """What a decoded request sets of all that some kind minds, on top and inside."""
-    names, values_of = _watched(type(request))
+def named(request: Request, kinds: tuple[Traits, ...] = _KINDS) -> frozenset[str]:
+    """What a decoded request sets of all that one of `kinds` minds, on top and inside."""
+    names, values_of, looks_inside = _watched(type(request), kinds)
     values = values_of(request)
     found: list[str] = []
     if values.count(None) < len(values):
         found = [name for name, value in zip(names, values, strict=True) if value is not None]
+    if not looks_inside:
+        return frozenset(found)
     if isinstance(request, ChatRequest):
         for message in request.messages:
             if message.name or message.role == "assistant":
@@ -54,12 +57,17 @@ def named(request: Request) -> frozenset[str]:
 
 
 @lru_cache
-def _watched(kind: type[Request]) -> tuple[list[str], Callable[[Request], tuple[Any, ...]]]:
-    """The fields of a type of request that some kind of engine minds, and their values."""
-    minded = {name for each in KINDS.values() for route in ROUTES for name in _minded(each, route)}
-    names = sorted(minded.intersection(kind.__struct_fields__))
+def _watched(
+    kind: type[Request], kinds: tuple[Traits, ...]
+) -> tuple[list[str], Callable[[Request], tuple[Any, ...]], bool]:
+    """The fields of a type of request that these kinds of engines mind, their values, and whether
+    they mind what is in messages and options.
+    """
+    minded = {name for each in kinds for route in ROUTES for name in _minded(each, route)}
+    names = sorted(minded.intersection(kind.__struct_fields__)) or ["model"]
     names *= 2 if len(names) == 1 else 1  # of one name alone attrgetter makes no tuple
-    return names, attrgetter(*names)
+    looks_inside = any(e.parts is not None or "." in "".join(e.dropped) for e in kinds)
+    return names, attrgetter(*names), looks_inside
 
 
 def minds(traits: Traits, route: Route, names: frozenset[str]) -> bool:

@@ -105,11 +105,9 @@ class Connection(HttpToolsProtocol):
         if self._resting:
             seen = self._head.find(data)
             # Whole and alone, or it is the parser's business.
-            if seen is not None:
-                request, start, length = seen
-                if len(data) == start + length and length <= self._limits.body_bytes:
-                    self._again(request, data[start:])
-                    return
+            if seen is not None and len(seen[1]) <= self._limits.body_bytes:
+                self._again(seen[0], seen[1])
+                return
         elif self._deaf:
             return
         self._feeding = len(data)

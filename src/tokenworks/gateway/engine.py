@@ -7,13 +7,11 @@ import time
 from collections.abc import Callable
 from enum import Enum
 from typing import Final
-from urllib.parse import urlsplit
 
-import msgspec
 from msgspec.structs import replace
 
-from tokenworks.errors import UserError
 from tokenworks.gateway import adapter, kv
+from tokenworks.gateway.address import Address
 from tokenworks.gateway.framing import Head
 from tokenworks.gateway.heads import KnownHead
 from tokenworks.gateway.intake import ROUTES, Call, Intake
@@ -35,38 +33,6 @@ class State(Enum):
     READY = "ready"
     DOWN = "down"
     STOPPED = "stopped"
-
-
-class Address(msgspec.Struct, frozen=True):
-    """Where an engine listens: a TCP endpoint, or a socket file (`path`)."""
-
-    host: str = "localhost"
-    port: int = 0
-    path: str = ""
-    tls: bool = False
-    # What stands before /v1 in its paths.
-    prefix: str = ""
-
-    @classmethod
-    def of_url(cls, url: str) -> "Address":
-        """Parse http(s)://host[:port][/prefix][/v1]."""
-        remedy = "Give it as http://HOST:PORT, with or without /v1."
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError as error:
-            raise UserError(f"the engine's URL {url!r} is malformed: {error}", remedy) from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"the engine's URL {url!r} is no http or https URL", remedy)
-        tls = parts.scheme == "https"
-        prefix = parts.path.rstrip("/").removesuffix("/v1")
-        return cls(parts.hostname, port or (443 if tls else 80), "", tls, prefix)
-
-    def __str__(self) -> str:
-        if self.path:
-            return f"unix:{self.path}"
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.prefix}"
 
 
 class Engine:
@@ -94,6 +60,7 @@ class Engine:
         self.kv_folder = kv_folder  # where it saves its slots' caches, shared with others
         self.seats = None if kv_folder is None or slots is None else Seats(slots)
         self.intake = Intake(traits, allow_fields)
+        self._kinds = (traits,)
         self.models: dict[str, dict[str, object]] = {}
         self.state = State.STARTING
         self.detail = ""
@@ -112,6 +79,7 @@ class Engine:
         self.silent = self.said = 0
         self.longest_silence = self.longest_pause = 0.0
         self.longest_whole_ns = 0  # that a whole answer took
+        self.rests_until_ns = 0  # it limits our requests, and said so
         self.on_state: Callable[[Engine], None] = lambda _: None
         self.on_unreachable: Callable[[Engine], None] = lambda _: None
         self.on_lost: Callable[[Engine], None] = lambda _: None
@@ -160,7 +128,7 @@ class Engine:
             self.traits,
             call.route,
             call.body,
-            adapter.named(call.request),
+            adapter.named(call.request, self._kinds),
             model=self.served_as,
             urgency=urgency if self.uses_priority else None,
         )

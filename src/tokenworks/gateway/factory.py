@@ -1,9 +1,9 @@
 """The driver of the scheduler in real time: events in, commands obeyed. No sockets of its own.
 
 One scheduler decides for all engines. What happens is told to it in order, with the time; what it
-says is done before the next thing is told, so that a log of both can be replayed. Requests that are
-dispatched in one turn of the loop are written to the engines at its end, after one write to the
-ledger's journal.
+says is done before the next thing is told, so that a log of both can be replayed. Streams go to the
+engines at once, after a write to the ledger's journal; other requests that are dispatched in one
+turn of the loop go at its end, after one write for all.
 """
 
 import asyncio
@@ -51,6 +51,7 @@ from tokenworks.sched.messages import (
     Stopped,
 )  # fmt: skip
 from tokenworks.sched.spec import Spec
+from tokenworks.units import NS_PER_S
 
 if TYPE_CHECKING:
     from tokenworks.gateway.relay import Exchange
@@ -59,6 +60,8 @@ _log = logging.getLogger(__name__)
 
 _TOGETHER: Final = 8  # dispatches of one write to the journal: who comes first need not wait longer
 _AGAIN_S: Final = 0.3
+_REST_S: Final = 1  # for an engine that says to come later, but not when
+_LONGEST_REST_S: Final = 60  # what it said of this may be over by then
 _ASK_AGAIN_S: Final = 1.0  # where all engines have said no to a stream that has begun
 
 
@@ -107,14 +110,17 @@ class Factory:
         self.record: Recorder | None = None
         self.log: deque[str] = deque(maxlen=200)  # what the scheduler wants an operator to know
         self.waiting = self.batch_waiting = 0  # requests that no engine has
+        self._rest_ns = 0  # until when some engine rests
         self._index = {engine: index for index, engine in enumerate(engines)}
         self._count = 0
         self._jobs: dict[int, Exchange] = {}
         self._events: deque[Event | None] = deque()
         self._telling = False
         self._outbox: list[tuple[Exchange, Dispatch]] = []
+        self._hurries = False  # somebody in it waits for a first token
         self._spoken: list[FirstToken | KvSent] = []
-        self._committing = False
+        self._answers: list[tuple[Exchange, bytes]] = []
+        self._turn_ends = False
         self.vigil = Vigil(self)
         self.by_name: dict[str, Exchange] = {}  # that an engine has or had, until they end
 
@@ -122,31 +128,34 @@ class Factory:
 
     def tell(self, event: Event | None) -> None:
         """Something happened; what follows from it is done before this returns."""
-        self._events.append(event)
         if self._telling:
+            self._events.append(event)
             return
         self._telling = True
         try:
-            while self._events:
-                self._handle(self._events.popleft())
+            while True:
+                now_ns = monotonic_ns()
+                commands = self.scheduler.handle(event, now_ns)
+                if self.record is not None:
+                    self.record(now_ns, event, commands)
+                for command in commands:
+                    self._obey(command)
+                if not self._events:
+                    break
+                event = self._events.popleft()
         finally:
             self._telling = False
-        if len(self._outbox) >= _TOGETHER:
+        if self._hurries or len(self._outbox) >= _TOGETHER:
             self._commit()
-
-    def _handle(self, event: Event | None) -> None:
-        now_ns = monotonic_ns()
-        commands = self.scheduler.handle(event, now_ns)
-        if self.record is not None:
-            self.record(now_ns, event, commands)
-        for command in commands:
-            self._obey(command)
+        elif self._outbox:
+            self._later()
 
     def _obey(self, command: Command) -> None:
         match command:
             case Dispatch():
-                self._later()
-                self._outbox.append((self._jobs[command.id], command))
+                exchange = self._jobs[command.id]
+                self._outbox.append((exchange, command))
+                self._hurries |= exchange.call.stream
             case Accept():
                 exchange = self._jobs[command.id]
                 if command.id == exchange.number and exchange.promise is None:
@@ -210,7 +219,8 @@ class Factory:
         number = exchange.number = self._count
         self._jobs[number] = exchange
         self._wait(exchange, 1)
-        self.tell(arrival(exchange, number))
+        exchange.declined = self._resting(exchange)
+        self.tell(arrival(exchange, number, exchange.declined))
         if (
             exchange.service_class == "realtime"
             and exchange.served.replicas > 1
@@ -256,7 +266,25 @@ class Factory:
         self._count += 1
         exchange.hedge_number = self._count
         self._jobs[self._count] = exchange
-        self.tell(arrival(exchange, self._count, (self._index[engine],)))
+        without = (self._index[engine], *self._resting(exchange))
+        self.tell(arrival(exchange, self._count, without))
+
+    def rest(self, engine: Engine, retry_s: int | None) -> None:
+        """An engine limits our requests: until it wants them again others get what they can."""
+        now_ns, rest_s = monotonic_ns(), min(retry_s or _REST_S, _LONGEST_REST_S)
+        engine.rests_until_ns = max(engine.rests_until_ns, now_ns + rest_s * NS_PER_S)
+        self._rest_ns = max(self._rest_ns, engine.rests_until_ns)
+
+    def _resting(self, exchange: "Exchange") -> tuple[int, ...]:
+        """The engines of a request that rest, if that leaves it any."""
+        now_ns = monotonic_ns()
+        if now_ns >= self._rest_ns:
+            return ()
+        engines = exchange.served.engines
+        resting = [engine for engine in engines if engine.rests_until_ns > now_ns]
+        if not any(e.state is State.READY and e.rests_until_ns <= now_ns for e in engines):
+            return ()
+        return tuple(self._index[engine] for engine in resting)
 
     def lost(self, leg: Leg, tokens: int) -> None:
         """A leg ended without an end; its request waits for another.
@@ -388,15 +416,30 @@ class Factory:
         """The ledger has something to be written."""
         self._later()
 
+    def answer(self, exchange: "Exchange", answer: bytes) -> None:
+        """A whole answer, to be sent with all else that is written then."""
+        self._later()
+        self._answers.append((exchange, answer))
+
     def _later(self) -> None:
-        if not self._committing:
-            self._committing = True
-            asyncio.get_running_loop().call_soon(self._commit)
+        if not self._turn_ends:
+            self._turn_ends = True
+            asyncio.get_running_loop().call_soon(self._end_turn)
+
+    def _end_turn(self) -> None:
+        """Answer first: the rows of what ends, and those who get its place, go with the rest."""
+        answers, self._answers = self._answers, []
+        for exchange, answer in answers:
+            try:
+                exchange.send_answer(answer)
+            except Exception:  # the others are to have theirs
+                _log.exception("an answer could not be sent")
+        self._turn_ends = False
+        self._commit()
 
     def _commit(self) -> None:
         """Journal what was admitted and what ended in this turn; then write to the engines."""
-        self._committing = False
-        outbox, self._outbox = self._outbox, []
+        outbox, self._outbox, self._hurries = self._outbox, [], False
         for exchange, _ in outbox:
             if exchange.queue_ns < 0:
                 self._admit(exchange)
@@ -438,12 +481,11 @@ class Factory:
             return
         if command.id == exchange.number:
             self._wait(exchange, -1)
-        now_ns = monotonic_ns()
-        self.energy.began(
-            command.replica, exchange.name, command.read_j, command.token_j, now_ns,
-            exchange.said_tokens,
-        )  # fmt: skip
+        tokens = exchange.said_tokens
         exchange.send(engine, command.id, call, reads=command.prefill_only)
+        self.energy.began(
+            command.replica, exchange.name, command.read_j, command.token_j, monotonic_ns(), tokens
+        )
 
     # Engines
 

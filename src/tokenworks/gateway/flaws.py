@@ -12,6 +12,7 @@ from tokenworks.gateway.stream import complaint, engine_refusal
 
 ERROR_WORD: Final = b'"error"'
 _DONE: Final = b"[DONE]"
+_END: Final = b"data: [DONE]\n\n"
 _BLANK_LINE: Final = re.compile(rb"\r?\n\r?\n")
 
 
@@ -25,7 +26,8 @@ class Flaw(NamedTuple):
 
 def flaw_in(events: bytes) -> Flaw | None:
     """The first event that tells of an error or is no JSON; None where all are well."""
-    if ERROR_WORD not in events and events.count(b"}\n\n") == events.count(b"\n\n"):
+    ends = events.count(b"}\n\n") + events.endswith(_END)
+    if ERROR_WORD not in events and ends == events.count(b"\n\n"):
         return None
     at = 0
     for end in _BLANK_LINE.finditer(events):

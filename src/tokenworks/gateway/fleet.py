@@ -14,10 +14,11 @@ from tokenworks.engine.work import Limits as EngineLimits
 from tokenworks.errors import UserError
 from tokenworks.fleet.placed import Known, Wish, fitted, known, prepared
 from tokenworks.gateway import traits
+from tokenworks.gateway.address import Address, socket_in
 from tokenworks.gateway.embedded.launch import Launch
 from tokenworks.gateway.embedded.launch import plan as plan_embedded
 from tokenworks.gateway.emulated.replica import Replica as Emulated
-from tokenworks.gateway.engine import Address, Engine
+from tokenworks.gateway.engine import Engine
 from tokenworks.gateway.lpu.launch import LpuLaunch
 from tokenworks.gateway.settings import LIVE_CLASSES, EngineSettings, PoolSettings, Settings
 from tokenworks.gateway.traits import Traits
@@ -161,7 +162,7 @@ def _unit(pool: PoolSettings, number: int, means: Means, spot: tuple[Wish, Known
     its_traits = _traits(pool)
     if pool.kind == "embedded":
         model = means.models[pool.model]
-        launch = _launch(pool, model, means.folder / f"{name}.sock")
+        launch = _launch(pool, model, socket_in(means.folder, name))
         slots, context_tokens = launch.slots, launch.context_tokens
         kv_tokens = slots * context_tokens
         its_traits = its_traits.for_model(
@@ -171,11 +172,11 @@ def _unit(pool: PoolSettings, number: int, means: Means, spot: tuple[Wish, Known
         address = Address(path=launch.socket_path)
     elif pool.kind == "lpu":
         model = means.models[pool.model]
-        launch = LpuLaunch(str(model.path), model.name, str(means.folder / f"{name}.sock"))
+        launch = LpuLaunch(str(model.path), model.name, socket_in(means.folder, name))
         slots, context_tokens, kv_tokens = 1, model.context_tokens, model.context_tokens
         address = Address(path=launch.socket_path)
     elif pool.kind == "emulated":
-        launch = _emulated(pool, str(means.folder / f"{name}.sock"))
+        launch = _emulated(pool, socket_in(means.folder, name))
         address = Address(path=launch.socket or "")
     else:
         address = Address.of_url(pool.urls[number])
@@ -218,7 +219,7 @@ def _kv_folder(pool: PoolSettings) -> str | None:
     return str(folder)
 
 
-def _launch(pool: PoolSettings, model: Model, socket: Path) -> Launch:
+def _launch(pool: PoolSettings, model: Model, socket: str) -> Launch:
     settings = EngineSettings(
         slots=pool.slots,
         threads=pool.threads,

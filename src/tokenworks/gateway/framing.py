@@ -82,20 +82,16 @@ class Chunked:
             at = newline + 2
             if self._trailer:
                 self.done = not line
+                continue
+            size = _size(line)
+            if not size:
+                self._trailer = True
+            elif at + size + 2 <= end:
+                out.append(data[at : at + size])
+                at += size + 2
             else:
-                self._open(line)
+                self._left = size + 2
         return b"".join(out)
-
-    def _open(self, line: bytes) -> None:
-        size_text = line.partition(b";")[0].strip()
-        # int() alone would take signs, underscores and a prefix, which HTTP does not.
-        if not _HEX.fullmatch(size_text):
-            raise FramingError(f"a chunk's size is {line[:40]!r}")
-        size = int(size_text, 16)
-        if size:
-            self._left = size + 2
-        else:
-            self._trailer = True
 
     def _take(self, data: bytes, at: int, out: list[bytes]) -> int:
         stop = min(at + self._left, len(data))
@@ -105,6 +101,15 @@ class Chunked:
             out.append(data[at:payload_stop])
         self._left -= stop - at
         return stop
+
+
+def _size(line: bytes) -> int:
+    """What a chunk's first line says."""
+    size_text = line.partition(b";")[0].strip()
+    # int() alone would take signs, underscores and a prefix, which HTTP does not.
+    if not _HEX.fullmatch(size_text):
+        raise FramingError(f"a chunk's size is {line[:40]!r}")
+    return int(size_text, 16)
 
 
 class Length:
@@ -171,6 +176,8 @@ def split(events: bytes) -> list[bytes]:
 
 def payload_of(event: bytes) -> bytes | None:
     """The data of one event; None if it has none (a comment, a ping)."""
+    if event.startswith(b"data:") and b"\r" not in event and event.find(b"\n") >= len(event) - 2:
+        return event[5:].strip()
     lines = [line[5:].strip() for line in event.splitlines() if line.startswith(b"data:")]
     return b"\n".join(lines) if lines else None
 

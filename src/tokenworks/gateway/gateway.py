@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
 from tokenworks.gateway.arrival import BLOCK_TOKENS, prefix_of
 from tokenworks.gateway.factory import Factory, ledger_problem
 from tokenworks.gateway.figures import Figures
 from tokenworks.gateway.keys import Key, Keys
 from tokenworks.gateway.ledger.ledger import Ledger
 from tokenworks.gateway.ledger.row import Row
+from tokenworks.gateway.limits import Limits
 from tokenworks.gateway.problem import Problem, invalid
 from tokenworks.gateway.recording import Recording
 from tokenworks.gateway.served import Models
@@ -37,25 +36,6 @@ Bounds = tuple[int | None, int | None]
 NO_BOUNDS: Final[Bounds] = (None, None)
 
 _JSON: Final = re.compile(rb"application/json\s*(?:;.*)?$", re.IGNORECASE | re.DOTALL)
-
-
-class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Bounds that keep one client from harming the others."""
-
-    body_bytes: int = 32 * 1024 * 1024
-    header_bytes: int = 64 * 1024
-    connections: int = 10_000
-    header_s: float = 15.0  # for a request's headers to arrive
-    body_s: float = 120.0  # for its body
-    idle_s: float = 75.0  # between two requests of a connection
-    reader_s: float = 300.0  # for a client that has stopped reading its answer
-    queue_s: float = 300.0  # for a request to wait for the engine
-    queue: int = 256  # requests that wait
-
-    def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"limits.{name} must be above zero")
 
 
 class Gateway:
@@ -84,13 +64,13 @@ class Gateway:
         self.recording: Recording | None = None
         # Told of each end, with what its client sent as traceparent.
         self.hearers: list[Callable[[Row, bytes], None]] = []
-        self._prefix = b"req_" + secrets.token_hex(6).encode() + b"_"
+        self._prefix = f"req_{secrets.token_hex(6)}_"
         self._count = 0
 
-    def next_id(self) -> bytes:
+    def next_id(self) -> str:
         """A request's id, unique over restarts."""
         self._count += 1
-        return b"%b%x" % (self._prefix, self._count)
+        return f"{self._prefix}{self._count:x}"
 
     def check_head(
         self, path: bytes, headers: Mapping[bytes, bytes], size: int, *, is_hot: bool

@@ -17,24 +17,26 @@ _FIELDS: Final = (b"\r\nContent-Length: ", b"\r\ncontent-length: ")
 class KnownHead(Generic[_T]):
     """What one head means, by its bytes without the length's digits."""
 
-    __slots__ = ("_after", "_before", "_meaning")
+    __slots__ = ("_after", "_before", "_meaning", "_start")
 
     def __init__(self) -> None:
-        self._before = b""  # up to the digits
+        self._before = b"\0"  # up to the digits; no head begins so
         self._after = b""  # from behind them to the blank line
+        self._start = 0  # of the digits
         self._meaning: _T | None = None
 
-    def find(self, data: bytes) -> tuple[_T, int, int] | None:
-        """What the head that `data` begins with means, where its body starts, how long it is."""
-        meaning, before = self._meaning, self._before
-        if meaning is None or not data.startswith(before):
+    def find(self, data: bytes) -> tuple[_T, bytes] | None:
+        """What the head of `data` means, and its body, if that is whole and nothing follows it."""
+        if not data.startswith(self._before):
             return None
-        start = len(before)
+        start = self._start
         stop = data.find(b"\r", start, start + _MOST_DIGITS + 1)
-        digits = data[start:stop]
-        if stop < 0 or not digits.isdigit() or not data.startswith(self._after, stop):
+        if not data.startswith(self._after, stop):
             return None
-        return meaning, stop + len(self._after), int(digits)
+        digits, body = data[start:stop], data[stop + len(self._after) :]
+        if not digits.isdigit() or int(digits) != len(body) or self._meaning is None:
+            return None
+        return self._meaning, body
 
     def learn(self, data: bytes, length: int, meaning: _T) -> None:
         """Keep what the parser made of the head that `data` begins with.
@@ -50,4 +52,4 @@ class KnownHead(Generic[_T]):
             stop = data.find(b"\r", start)
             if start >= len(field) and data[start:stop] == b"%d" % length:
                 self._before, self._after = data[:start], data[stop : end + 4]
-                self._meaning = meaning
+                self._start, self._meaning = start, meaning

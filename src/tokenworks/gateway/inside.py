@@ -31,13 +31,6 @@ class _Ear:
 class _Line(Exchange):
     """A line of a batch; whoever runs it puts its row into the ledger."""
 
-    line = ""
-
-    @property
-    def name(self) -> str:
-        """The line's id."""
-        return self.line
-
     def write_row(self, row: Row) -> None:
         """Not here."""
 
@@ -70,7 +63,7 @@ class Insider:
             on_done(exchange.status, ear.body(), exchange.row)
 
         line = _Line(self._gateway, ear, route, done)
-        line.line, line.batch, line.tenant = id, batch, tenant
+        line.name, line.batch, line.tenant = id, batch, tenant
         line.service_class, line.chunked = "batch", False
         line.key = self._gateway.keys.by_id.get(key) if self._gateway.keys is not None else None
         left_s = max(deadline_unix_s - time.time(), 0.0)

@@ -155,7 +155,8 @@ class Intake:
         if not traits.native_tools:
             if request.tools and request.tool_choice != "none":
                 call.tools = Emulation(request)
-                changes |= call.tools.changes(changes.get("messages") or _raw(body)["messages"])
+                messages = changes.get("messages") or _raw(body)["messages"]
+                changes.update(call.tools.changes(messages))
             elif any(m.tool_calls for m in request.messages):
                 told = plain_history(changes.get("messages") or _raw(body)["messages"])
                 changes["messages"] = told
@@ -280,7 +281,7 @@ def _check_formats(request: ChatRequest) -> None:
         raise invalid("tool_choice needs tools: list them in `tools`.", "tool_choice")
     if request.top_logprobs is not None and not request.logprobs:
         raise invalid("top_logprobs needs `logprobs: true`.", "top_logprobs")
-    unheard = set(request.modalities or ()) - {"text"}
+    unheard = request.modalities and set(request.modalities) - {"text"}
     if unheard:
         raise invalid(f"modalities {sorted(unheard)} are not supported: use text.", "modalities")
 

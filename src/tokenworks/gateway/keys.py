@@ -15,8 +15,8 @@ from platformdirs import user_config_path
 
 from tokenworks.assets import store
 from tokenworks.errors import UserError
+from tokenworks.gateway.allowance import Allowance
 from tokenworks.gateway.problem import Problem
-from tokenworks.gateway.ratelimit import Allowance
 
 _NAME: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 _KEY: Final = re.compile(rb"^tw-([0-9a-f]{12})-([A-Za-z0-9_-]{43})$")

@@ -15,6 +15,7 @@ from tokenworks.gateway.framing import FramingError, Head
 from tokenworks.gateway.intake import Call
 from tokenworks.gateway.passage import Passage
 from tokenworks.gateway.problem import Problem
+from tokenworks.gateway.speech import speaks
 from tokenworks.gateway.stream import PROGRESS_KEY, Edit
 from tokenworks.gateway.upstream import Upstream, is_plain
 
@@ -37,40 +38,38 @@ _MOST_TEXT: Final = 256 * 1024  # longer ones can't be carried on
 class Leg:
     """A request at one engine. `number`: by which the scheduler knows it."""
 
-    __slots__ = (
-        "_body", "_buffer", "_head", "_held", "_kept_bytes", "_most_bytes", "_parts", "_size",
-        "_write", "call", "edit", "engine", "exchange", "is_open", "is_too_long", "kept",
-        "kept_before", "number", "passage", "retried", "said", "seen",
-        "sent_ns", "share_ns", "silent", "slot", "upstream", "was_sent",
-    )  # fmt: skip
+    # What a leg begins with.
+    share_ns = 0.0  # of its engine's time, by which it pays
+    sent_ns = 0
+    was_sent = False  # a connection was there
+    slot = -1  # of the engine, if the gateway chose one
+    passage: Passage | None = None
+    said: resume.Said | None = None  # in what came before
+    is_too_long = False
+    kept_before = 0  # packets that were let go of
+    is_open = False  # it has said something for the client
+    retried = False
+    seen = 0  # packets at the last look
+    silent = 0  # looks since the last packet
+    upstream: Upstream | None = None
+    _kept_bytes = 0
+    _size = 0
+    _head: Head | None = None
+    _buffer = b""
+    _held = b""
+    _opening = b""  # of a stream, before its first token
 
     def __init__(
         self, exchange: "Travel", engine: "Engine", number: int, call: Call, edit: Edit
     ) -> None:
         self.exchange: Exchange = exchange  # type: ignore[assignment]  # the only one there is
         self.engine, self.number = engine, number
-        self.share_ns = 0.0  # of its engine's time, by which it pays
-        self.sent_ns = 0
-        self.was_sent = False  # a connection was there
         self.call, self.edit = call, edit
-        self.slot = -1  # of the engine, if the gateway chose one
-        self.passage: Passage | None = None
         self.kept: list[bytes] = []  # of a stream, as it came
-        self._kept_bytes = 0
         self._most_bytes = min(_KEPT_BYTES, _ALL_KEPT_BYTES // (len(engine.legs) + 1))
-        self.said: resume.Said | None = None  # in what came before
-        self.is_too_long = False
-        self.kept_before = 0  # packets that were let go of
-        self.is_open = False  # it has said something for the client
-        self.retried = False
-        self.seen = self.silent = 0  # packets at the last look, and looks since the last packet
-        self.upstream: Upstream | None = None
         self._write: Callable[[bytes], None] = self.exchange.write_raw
-        self._head: Head | None = None
-        self._body: framing.Body | None = None
-        self._buffer = self._held = b""
         self._parts: list[bytes] = []
-        self._size = 0
+        self._body: framing.Body | None = None
 
     @property
     def is_reader(self) -> bool:
@@ -191,20 +190,20 @@ class Leg:
         Between other streams' chunks this code is run rarely enough to be out of the processor's
         caches, so that how much of it there is decides the time to the first token.
         """
-        whole = self.engine.head.find(data)
-        known, head = self.engine.stream_head
         if self.upstream is None or self._buffer:
             return False
-        if whole is not None and len(data) == whole[1] + whole[2]:
-            self._head = whole[0]
-            self._parts.append(data[whole[1] :])
-            self._complete()
+        whole = self.engine.head.find(data)
+        if whole is not None:
+            self._head, body = whole
+            self._complete(body)
             return True
+        known, head = self.engine.stream_head
         if (
             head is None
             or not (self.exchange.chunked and self.edit.plain)
             or not (data.startswith(known) and is_plain(data))
             or PROGRESS_KEY in data
+            or not speaks(data[len(known) :], self.call.route)
         ):
             return False
         self._head, self._body = head, framing.Chunked()
@@ -258,8 +257,12 @@ class Leg:
             said = self.edit.events(held[:at])
             if self.is_reader:
                 said = b""  # it is told when it is whole
-            elif (said or self.edit.has_begun) and not self.exchange.opens(self):
-                return False
+            elif not self.is_open:
+                said, self._opening = self._opening + said, b""
+                if not self._speaks(said):
+                    self._opening, said = said, b""
+                elif not self.exchange.opens(self):
+                    return False
             self.exchange.say(said)
         if flaw is not None:
             self._spoil(flaw)
@@ -268,6 +271,19 @@ class Leg:
         if self.upstream is not None:
             self.upstream.forward = self.forward if fast and self._body.between else None
         return True
+
+    def _speaks(self, said: bytes) -> bool:
+        """Whether a stream has its first token. What comes before is held back, so that an engine
+        which opens a stream before it can say anything has no hold on the request yet.
+        """
+        is_full = len(said) > _MAX_EVENT_BYTES
+        return self.edit.has_begun or is_full or speaks(said, self.call.route)
+
+    def _say_rest(self) -> None:
+        """What was held back of a stream that ends without a token."""
+        opening, self._opening = self._opening, b""
+        if opening and self.exchange.opens(self):
+            self.exchange.say(opening)
 
     def _spoil(self, flaw: Flaw) -> None:
         """The engine says that it failed, or what is no answer; the client need not hear it."""
@@ -294,8 +310,8 @@ class Leg:
             raise FramingError("its answer is too large")
         self._parts.append(payload)
 
-    def _complete(self) -> None:
-        """The engine's response is whole."""
+    def _complete(self, body: bytes | None = None) -> None:
+        """The engine's response is whole; its body, if it was not taken in parts."""
         upstream, self.upstream = self.upstream, None
         head, exchange = self._head, self.exchange
         assert head is not None
@@ -314,8 +330,12 @@ class Leg:
             elif self.is_reader:
                 exchange.has_read(self, head, self.edit.assembled())
             else:
+                self._say_rest()
                 exchange.ended(self)
-        elif self.is_reader and head.status == 200:
-            exchange.has_read(self, head, b"".join(self._parts))
+            return
+        if body is None:
+            body = b"".join(self._parts)
+        if self.is_reader and head.status == 200:
+            exchange.has_read(self, head, body)
         else:
-            exchange.answered(self, head, b"".join(self._parts))
+            exchange.answered(self, head, body)

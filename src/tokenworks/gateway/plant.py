@@ -20,6 +20,7 @@ from tokenworks import __version__
 from tokenworks.catalog.book import Catalog
 from tokenworks.errors import UserError
 from tokenworks.fleet.sheet import Fleet, Sheet, sheet
+from tokenworks.gateway.allowance import Used
 from tokenworks.gateway.batch.service import BatchService
 from tokenworks.gateway.changes import changes, meter_of, wanted
 from tokenworks.gateway.embedded.launch import Launch
@@ -39,11 +40,11 @@ from tokenworks.gateway.logs import note_request
 from tokenworks.gateway.lpu.launch import LpuLaunch
 from tokenworks.gateway.recording import EventLog, Recording
 from tokenworks.gateway.relay import Exchange
-from tokenworks.gateway.remote import PATIENCE_S, Contact, unreachable
+from tokenworks.gateway.remote import PATIENCE_S, Contact, follow, unreachable
 from tokenworks.gateway.served import Models, Served
 from tokenworks.gateway.settings import PoolSettings, PowerSettings, Settings
 from tokenworks.gateway.switch import Switch
-from tokenworks.gateway.tenancy import DEFAULT, Tenancy, Used
+from tokenworks.gateway.tenancy import DEFAULT, Tenancy
 from tokenworks.gateway.tracing import Tracing
 from tokenworks.model.shape import Shape
 from tokenworks.sched.baseline import Baseline
@@ -148,6 +149,8 @@ class Plant:
             engine.on_unreachable = lambda _: self._unreachable(engine, contact)
             engine.on_lost = lambda _: contact.look_soon()
             engine.on_hung = lambda _: contact.doubt()
+        elif engine.traits.gauges.paths:
+            self._begin(follow(engine))
 
     def _unreachable(self, engine: Engine, contact: Contact) -> None:
         if engine.state is State.READY:

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Final, TypeAlias
 
-import msgspec
-
+from tokenworks.gateway.allowance import Allowance
 from tokenworks.gateway.problem import Problem
 from tokenworks.sched.config import ServiceClass
 from tokenworks.units import show
@@ -26,30 +25,6 @@ _NONE: Final = math.inf
 # Sums of floats may be off by this much; no whole request or token fits into it.
 _SLACK: Final = 1e-6
 _SECONDS: Final = tuple(b"%gs" % (hundredths / 100) for hundredths in range(6000))
-
-
-class Allowance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What may be used; None sets no limit. Limits hold for all keys of a tenant together."""
-
-    requests_per_minute: int | None = None
-    requests_per_day: int | None = None
-    tokens_per_minute: int | None = None  # read and written
-    tokens_per_day: int | None = None
-    concurrent: int | None = None  # requests at once, waiting ones too
-    classes: tuple[ServiceClass, ...] | None = None  # that may be asked for
-    models: tuple[str, ...] | None = None
-    budget_usd_per_day: float | None = None
-    budget_usd_per_month: float | None = None
-    budget_j_per_day: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            value = getattr(self, name)
-            if isinstance(value, tuple):
-                if not value:
-                    raise ValueError(f"{name} is empty: name at least one, or leave it out")
-            elif value is not None and not 0 < value < _NONE:
-                raise ValueError(f"{name} is {value}: it must be above zero")
 
 
 class Days:

@@ -15,6 +15,7 @@ _WHY: Final = {
     "no_room": "Every engine is full of work that is as urgent.",
     "ttft_bound": "No engine would say the first token within {ttft}.",
     "tpot_bound": "No engine would keep up a token every {tpot}.",
+    "power_cap": "The power cap holds back the engines that would keep its bounds.",
     "queue_wait": "The queue is longer than the class {name} may wait.",
     "flex_full": "There is no headroom for flex now.",
     "flex_yielded": "It made room for more urgent work.",

@@ -5,7 +5,6 @@ An exchange takes the place of uvicorn's request cycle for the routes that engin
 ends in one row of the ledger. Callbacks only: no task, queue or generator per request.
 """
 
-import asyncio
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -83,7 +82,7 @@ class Exchange(Travel):
         self.write_raw = client.write
         self.route = route
         self._on_done = on_done
-        self.id = gateway.next_id()
+        self.name = gateway.next_id()
         self.started_ns = time.monotonic_ns()
         self._parts: list[bytes] = []
 
@@ -190,7 +189,7 @@ class Exchange(Travel):
         if self.close_after:
             self.keep_alive = False
         self.status = problem.status
-        extra = b"x-request-id: %b\r\n%b" % (self.id, self._limits)
+        extra = b"x-request-id: %b\r\n%b" % (self.name.encode(), self._limits)
         if problem.status in (429, 498, 503):
             extra += b"x-refusal-reason: %b\r\n" % reason.encode()
         if not self.keep_alive:
@@ -212,7 +211,7 @@ class Exchange(Travel):
                 if not self.chunked:
                     self.keep_alive = False
                 self._opening = framing.stream_opening(
-                    self.id, self.chunked, self.keep_alive, self._headers()
+                    self.name.encode(), self.chunked, self.keep_alive, self._headers()
                 )
         return True
 
@@ -251,7 +250,9 @@ class Exchange(Travel):
         if self.stage is Stage.DONE:
             return
         if head.status != 200:
-            self.refused(leg, engine_refusal(head.status, body))
+            self.refused(
+                leg, engine_refusal(head.status, body, head.headers.get(b"retry-after", b""))
+            )
             return
         if self.hedge_number:
             self.opens(leg)
@@ -273,11 +274,12 @@ class Exchange(Travel):
         answer = (
             b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\nx-request-id: %b\r\n%b%b"
             b"content-length: %d\r\n\r\n%b"
-            % (kind, self.id, self._headers(), close, len(body), body)
+            % (kind, self.name.encode(), self._headers(), close, len(body), body)
         )
-        asyncio.get_running_loop().call_soon(self._answer, answer)
+        self.factory.answer(self, answer)
 
-    def _answer(self, answer: bytes) -> None:
+    def send_answer(self, answer: bytes) -> None:
+        """The turn ends: write it."""
         if self.stage is not Stage.DONE:  # its client left in between
             self._client.write(answer)
             self._finish("finished", "")
@@ -313,18 +315,14 @@ class Exchange(Travel):
             row = self.row = row_of(self, self._usage, outcome, reason, ended_ns)
         if self.hedge_number:
             self._drop_hedge()
-        if leg is not None:
+        # One whose answer came whole has let go of its engine by itself.
+        if leg is not None and (leg.upstream or leg.passage or outcome != "finished"):
             leg.drop()
         if was_at is not Stage.RECEIVING:
             self.factory.done(self, row, was_at)
         self._gateway.close_books(self, row, ended_ns)
         self.leg = None  # they hold each other, and nobody shall have to look for such pairs
         self._on_done(self)
-
-    @property
-    def name(self) -> str:
-        """Its id as text."""
-        return self.id.decode()
 
     def write_row(self, row: Row) -> None:
         """Put its end into the ledger; who runs lines of a batch does that himself."""

@@ -19,6 +19,7 @@ _log = logging.getLogger(__name__)
 
 PATIENCE_S: Final = 3.0  # one that is still starting is found later, too
 _POLL_S: Final = 2.0
+_SOON_S: Final = 0.3  # of one that is not there yet
 _MODELS_EVERY: Final = 15  # looks between two at the list of models
 _TIMEOUT_S: Final = 5.0
 _MOST_BYTES: Final = 16 * 1024 * 1024
@@ -47,7 +48,7 @@ class Contact:
         while not await self._look():
             if loop.time() > deadline:
                 break
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(_SOON_S)
         self._task = asyncio.create_task(self._keep())
         return self.engine.state is State.READY
 
@@ -125,7 +126,7 @@ class Contact:
         self._looks += 1
         if is_doubted:
             self._prove()
-        return self._load()
+        return _load(engine)
 
     def _prove(self) -> None:
         """Have it say a token; OSError (a timeout) where it doesn't."""
@@ -135,17 +136,32 @@ class Contact:
         body = json.dumps({"model": model, "messages": said, "max_tokens": 1}).encode()
         ask(engine, "/v1/chat/completions", body, _PROOF_S)
 
-    def _load(self) -> Telemetry | None:
-        gauges = self.engine.traits.gauges
-        for path in gauges.paths:
-            status, body = _get(self.engine, path)
-            found = telemetry.read(self.engine.traits, body) if status == 200 else None
-            if found is not None and found.kv_fraction < 0 and gauges.slots:
-                status, body = _get(self.engine, gauges.slots)
-                return telemetry.read_slots(body) or found if status == 200 else found
-            if found is not None:
-                return found
-        return None
+
+async def follow(engine: Engine) -> None:
+    """Ask an engine of ours how busy it is, now and then; whether it is well others know."""
+    while engine.state is not State.STOPPED:
+        is_ready, told = engine.state is State.READY, None
+        if is_ready:
+            try:
+                told = await asyncio.to_thread(_load, engine)
+            except (OSError, ValueError, http.client.HTTPException):
+                is_ready = False
+        engine.telemetry = told
+        await asyncio.sleep(_POLL_S if is_ready else _SOON_S)
+
+
+def _load(engine: Engine) -> Telemetry | None:
+    """In a thread: what it tells of its load."""
+    gauges = engine.traits.gauges
+    for path in gauges.paths:
+        status, body = _get(engine, path)
+        found = telemetry.read(engine.traits, body) if status == 200 else None
+        if found is not None and found.kv_fraction < 0 and gauges.slots:
+            status, body = _get(engine, gauges.slots)
+            return telemetry.read_slots(body) or found if status == 200 else found
+        if found is not None:
+            return found
+    return None
 
 
 class _Unix(http.client.HTTPConnection):

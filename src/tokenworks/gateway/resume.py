@@ -112,8 +112,13 @@ def joined(before: Said, more: Said) -> Said:
 def _take(found: Said, document: Mapping[str, Any], route: Route) -> None:
     found.has_error = found.has_error or bool(document.get("error"))
     if route == "responses":
-        if document.get("type") == "response.output_text.delta":
+        kind = document.get("type")
+        if kind == "response.output_text.delta":
             _say(found, document.get("delta"))
+        elif isinstance(kind, str) and kind.endswith(".delta"):
+            found.has_reasoning |= ".reasoning" in kind
+            found.has_tool_calls |= ".reasoning" not in kind
+            found.tokens += 1
         return
     for name in ("id", "model", "created"):
         value = document.get(name)

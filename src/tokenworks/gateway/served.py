@@ -34,8 +34,12 @@ class Served:
     @property
     def slots(self) -> int | None:
         """The most choices an engine of it works on at once; None: it queues by itself."""
-        found = [engine.slots for engine in self.engines]
-        return None if None in found or not found else max(n for n in found if n is not None)
+        most = 0
+        for engine in self.engines:
+            if engine.slots is None:
+                return None
+            most = max(most, engine.slots)
+        return most or None
 
     def tokens_in(self, body: bytes) -> int:
         """Tokens of a request's prompt, as its bytes tell: no tokenizer is asked."""
@@ -98,7 +102,9 @@ class Models:
             # Another kind of engine may take other fields.
             return self._read_by_others(route, body, intake, problem)
         served = self.find(call.model)
-        if served.engines and all(e.traits is not intake.traits for e in served.engines):
+        if served is first or not served.engines:
+            return served, call
+        if all(engine.traits is not intake.traits for engine in served.engines):
             return self._read_by_others(route, body, intake, None)
         return served, call
 

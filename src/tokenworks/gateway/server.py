@@ -7,7 +7,6 @@ import logging
 import signal
 import socket
 import ssl
-import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -19,6 +18,7 @@ from starlette.routing import BaseRoute
 from tokenworks.catalog.book import Catalog
 from tokenworks.errors import UserError
 from tokenworks.gateway import app
+from tokenworks.gateway.address import socket_folder
 from tokenworks.gateway.admin import Admin
 from tokenworks.gateway.connection import Connection, GatewayConfig
 from tokenworks.gateway.fleet import Model
@@ -170,12 +170,9 @@ async def _running(
     folder = default_folder(listener.getsockname()[1])
     if settings.ledger.folder is not None:
         folder = Path(settings.ledger.folder).expanduser()  # noqa: ASYNC240 - a moment
-    # Socket files in a folder of ours: nobody else on the machine can reach the engines past us.
     # (The engines' processes remove it too, for the case that we are killed.)
-    with tempfile.TemporaryDirectory(prefix="tokenworks-", ignore_cleanup_errors=True) as sockets:
-        plant = Plant(
-            settings, given.catalog, given.open_shape, given.models, Path(sockets), folder
-        )
+    with socket_folder() as sockets:
+        plant = Plant(settings, given.catalog, given.open_shape, given.models, sockets, folder)
         try:
             await plant.start()
             yield plant

@@ -12,10 +12,10 @@ import msgspec
 
 from tokenworks.catalog.models import DEFAULT
 from tokenworks.errors import UserError
+from tokenworks.gateway.allowance import TenantSettings
 from tokenworks.gateway.batch.settings import BatchSettings
 from tokenworks.gateway.energy.meters import MeterSettings
-from tokenworks.gateway.gateway import Limits
-from tokenworks.gateway.tenancy import TenantSettings
+from tokenworks.gateway.limits import Limits
 from tokenworks.sched.config import ClassRules, Policy, ScaleRules
 from tokenworks.sched.prior import Prior
 

@@ -4,8 +4,9 @@ Most events of a stream never come here: the relay forwards them as bytes. What 
 which carries usage, and the streams whose every event must be read (`Edit.plain` is false).
 """
 
+import re
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from math import ceil
 from typing import Any, Final
 
 import msgspec
@@ -14,11 +15,13 @@ from tokenworks.gateway.framing import FramingError, payload_of, split
 from tokenworks.gateway.intake import Call, Route
 from tokenworks.gateway.problem import Problem
 from tokenworks.gateway.resume import Said
+from tokenworks.gateway.speech import speaks
 
 # In a JSON text these can only be keys: inside a string their quotes would be escaped.
 USAGE_KEY: Final = b'"usage":'
 PROGRESS_KEY: Final = b'"prompt_progress":'
 _DONE: Final = b"[DONE]"
+_SECONDS: Final = re.compile(rb"\d{1,7}(\.\d*)?")
 # OpenAI's word for what engines call otherwise.
 _CODES: Final = {"exceed_context_size_error": "context_length_exceeded"}
 
@@ -74,12 +77,15 @@ class Edit:
     # What an edit begins with; for most calls it stays so.
     usage: Usage | None = None
     _usage: dict[str, Any] | None = None  # as the engine said it
-    _read = _wrote = 0  # tokens, summed over the parts of a usage that comes in parts
+    _read = 0  # tokens, summed over the parts of a usage that comes in parts
+    _wrote = 0
     _whole: "_Assembly | None" = None
-    _last: Mapping[str, Any] = MappingProxyType({})
+    _last: Mapping[str, Any] | None = None
 
-    has_begun = False  # whether it saw a word, of a stream whose events are held back
+    has_begun = False  # whether it saw a word, of a stream whose events it reads
     _receipt: "Receipt | None" = None
+    _heard = ""
+    _cached_tokens: int | None = None
 
     def __init__(
         self,
@@ -94,7 +100,8 @@ class Edit:
         where another engine has read it.
         """
         self._call = call
-        self._heard, self._cached_tokens = heard, cached_tokens
+        if heard or cached_tokens is not None:
+            self._heard, self._cached_tokens = heard, cached_tokens
         self._said = said  # by an engine before this one
         if receipt is not None and call.stream and call.wants_usage:
             self._receipt = receipt
@@ -147,7 +154,7 @@ class Edit:
             _go_on(document, self._said, is_completion=self._call.route == "completions")
         if self._heard and self._unsay(document):
             return b""
-        self.has_begun = self.has_begun or _says(document)
+        self.has_begun = self.has_begun or speaks(event, self._call.route)
         if self._whole is not None:
             self._whole.add(document)
             return b""
@@ -196,7 +203,7 @@ class Edit:
         told = {**document, "choices": [], "usage": usage}
         if self._receipt is not None and self.usage is not None:
             tier, more = self._receipt(self.usage)
-            told |= {"service_tier": tier, "usage": {**usage, **more}}
+            told.update(service_tier=tier, usage={**usage, **more})
         return _as_event(told)
 
     def _step(self, event: bytes, document: dict[str, Any]) -> bytes:
@@ -204,6 +211,7 @@ class Edit:
         response = document.get("response") or {}
         if response.get("usage"):
             self._count(response["usage"])
+        self.has_begun = self.has_begun or speaks(event, "responses")
         if self._whole is None:
             return event
         if "error" in document:
@@ -255,15 +263,16 @@ class Edit:
         self.usage = said = usage_of(body)
         if said is not None and self._is_too_much(said):
             document = msgspec.json.decode(body)
-            document["usage"] |= _at_most(said, self._call.max_tokens or 0)
+            document["usage"].update(_at_most(said, self._call.max_tokens or 0))
             return self._edited(document)
         return body if self.plain else self._edited(msgspec.json.decode(body))
 
     def _is_too_much(self, said: Usage) -> bool:
         """Whether an engine says to have made more than it was let: nobody pays for that."""
-        most = self._call.max_tokens
-        several = self._call.width > 1 or self._call.choices > 1 or self._call.several_prompts
-        return most is not None and said.completion_tokens > most and not several
+        call = self._call
+        if call.max_tokens is None or said.completion_tokens <= call.max_tokens:
+            return False
+        return not (call.width > 1 or call.choices > 1 or call.several_prompts)
 
     def assembled(self) -> bytes:
         """The whole answer made of the events seen."""
@@ -291,22 +300,11 @@ def _at_most(said: Usage, most: int) -> dict[str, int]:
 Receipt = Callable[[Usage], tuple[str, dict[str, Any]]]
 
 
-def _says(document: Mapping[str, Any]) -> bool:
-    """Whether a chunk has a word in it."""
-    for choice in document.get("choices") or ():
-        delta = choice.get("delta") or choice
-        if delta.get("content") or delta.get("text") or delta.get("tool_calls"):
-            return True
-        if delta.get("reasoning_content") or delta.get("reasoning"):
-            return True
-    return False
-
-
 def _go_on(document: dict[str, Any], said: Said, *, is_completion: bool) -> None:
     """Make a chunk of a second engine one of the stream that a first one began; a chat goes on as
     a plain prompt where that is in token ids.
     """
-    document |= {"id": said.id, "model": said.model, "created": said.created}
+    document.update(id=said.id, model=said.model, created=said.created)
     for choice in document.get("choices") or ():
         if not is_completion and "text" in choice:
             document["object"] = "chat.completion.chunk"
@@ -334,7 +332,7 @@ class _Assembly:
         """Take one chunk in; raises Problem where it tells of an error."""
         if "error" in document:
             raise engine_refusal(502, msgspec.json.encode(document))
-        self._rest |= {key: value for key, value in document.items() if key != "choices"}
+        self._rest.update((key, value) for key, value in document.items() if key != "choices")
         for piece in document["choices"]:
             index = piece["index"]
             fresh = {"index": index, "message": {}, "logprobs": None, "finish_reason": None}
@@ -370,23 +368,26 @@ def _merge(message: dict[str, Any], delta: dict[str, Any]) -> None:
                 if index >= len(calls):
                     calls.append({"type": "function", "function": {"name": "", "arguments": ""}})
                 _merge(calls[index]["function"], call.get("function") or {})
-                calls[index] |= {k: v for k, v in call.items() if k in ("id", "type") and v}
+                calls[index].update((k, v) for k, v in call.items() if k in ("id", "type") and v)
         elif isinstance(value, str) and isinstance(message.get(key), str) and key != "role":
             message[key] += value
         elif value is not None:
             message[key] = value
 
 
-def engine_refusal(status: int, body: bytes) -> Problem:
+def engine_refusal(status: int, body: bytes, retry_after: bytes = b"") -> Problem:
     """What an engine's error answer means to the client, in OpenAI's shape.
 
     The engine's 4xx about the request stay; what is between gateway and engine (its keys, its
     missing routes, its failures) is the gateway's own trouble: 502, or 503 where it is busy.
+    `retry_after`: its header; a date is passed over.
     """
     message, param, code = complaint(body)
     code = _CODES.get(code or "", code)
     if status in (400, 404, 413, 422, 429):
-        return Problem(status, message, param=param, code=code)
+        waits = status == 429 and _SECONDS.fullmatch(retry_after)
+        retry_s = max(ceil(float(retry_after)), 1) if waits else None
+        return Problem(status, message, param=param, code=code, retry_after_s=retry_s)
     if status == 503:
         return Problem(503, f"The engine is not ready: {message}", code=code, retry_after_s=1)
     return Problem(502, f"The engine failed ({status}): {message}", code="engine_error")

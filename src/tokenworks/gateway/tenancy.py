@@ -10,32 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-import msgspec
-
+from tokenworks.gateway.allowance import Allowance, TenantSettings, Used
 from tokenworks.gateway.keys import Key
 from tokenworks.gateway.problem import Problem
-from tokenworks.gateway.ratelimit import Allowance, Days, Meter, lines, month_of
+from tokenworks.gateway.ratelimit import Days, Meter, lines, month_of
 from tokenworks.sched.config import ServiceClass
 
 DEFAULT: Final = "default"
-
-
-class TenantSettings(Allowance, frozen=True, kw_only=True):
-    """`[tenants.NAME]`: one tenant. `[tenants.default]` holds for each that is not listed."""
-
-    weight: float = 1.0  # its share where tenants compete for the fleet
-
-
-class Used(msgspec.Struct, frozen=True):
-    """What a key has used on one day, without its batches' requests and tokens."""
-
-    tenant: str
-    key: str  # its id
-    day: int  # since 1970, UTC
-    requests: int = 0
-    tokens: int = 0
-    usd: float = 0.0
-    energy_j: float = 0.0
 
 
 class _Account:

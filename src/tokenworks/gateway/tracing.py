@@ -128,6 +128,7 @@ class Tracing:
 
 def attributes(row: Row, operation: str) -> dict[str, Any]:
     """What a request's span says."""
+    tier = TIERS.get(row.service_class, row.service_class)  # nobody is served in another
     found: dict[str, Any] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "tokenworks",
@@ -136,8 +137,8 @@ def attributes(row: Row, operation: str) -> dict[str, Any]:
         "gen_ai.usage.input_tokens": row.prompt_tokens,
         "gen_ai.usage.output_tokens": row.output_tokens,
         "gen_ai.usage.cache_read.input_tokens": row.cached_tokens,
-        "openai.request.service_tier": TIERS.get(row.asked, row.asked),
-        "openai.response.service_tier": TIERS.get(row.service_class, row.service_class),
+        "openai.request.service_tier": tier,
+        "openai.response.service_tier": tier,
         "http.response.status_code": row.status,
         "tokenworks.outcome": row.outcome,
         "tokenworks.tenant": row.tenant,

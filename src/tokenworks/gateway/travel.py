@@ -195,6 +195,8 @@ class Travel:
 
     def refused(self, leg: Leg, problem: Problem) -> None:
         """The engine said no."""
+        if problem.status == 429:
+            self.factory.rest(leg.engine, problem.retry_after_s)
         if leg is self._hedge:
             self._leave(leg)
             self._drop_hedge()

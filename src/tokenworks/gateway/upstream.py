@@ -15,13 +15,18 @@ from tokenworks.gateway.stream import USAGE_KEY
 # server-sent event, in an HTTP chunk. Errors and records that were cut off end otherwise.
 _TOKEN_END: Final = b"]}\n\n\r\n"
 _OTHER_END: Final = b"}\n\n\r\n"
+_BLANK_LINE: Final = b"\n\n"
+_AFTER_RECORD: Final = 4  # from the blank line of the last event to the packet's end
 
 
 def is_plain(data: bytes) -> bool:
     """Whether it is whole events with nothing in them but tokens, as far as a glance tells."""
-    return (
-        data.endswith(_TOKEN_END) or (data.endswith(_OTHER_END) and ERROR_WORD not in data)
-    ) and USAGE_KEY not in data
+    if USAGE_KEY in data or not data.endswith(_OTHER_END):
+        return False
+    if data.find(_BLANK_LINE) == len(data) - _AFTER_RECORD:
+        return data.endswith(_TOKEN_END) or ERROR_WORD not in data
+    # Several events: each must end as a record does, or one that is broken would pass unseen.
+    return ERROR_WORD not in data and data.count(b"}\n\n") == data.count(_BLANK_LINE)
 
 
 class Receiver(Protocol):
@@ -56,9 +61,7 @@ class Upstream(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Forward whole events unread; show everything else to the receiver."""
         forward = self.forward
-        if forward is not None and (
-            (data.endswith(_TOKEN_END) and USAGE_KEY not in data) or is_plain(data)
-        ):
+        if forward is not None and is_plain(data):
             forward(data)
         elif self.receiver is not None:
             self.receiver.received(data)

@@ -41,7 +41,6 @@ def mistake(flight: Flight) -> tuple[int, bytes, Row]:
         tenant=batch.tenant,
         key=batch.key,
         route=ENDPOINTS[batch.endpoint],
-        asked="batch",
         service_class="batch",
         outcome="failed",
         reason="internal_error",

@@ -39,7 +39,7 @@ def plan(
     name: str,
     header: Gguf,
     settings: EngineSettings,
-    socket_path: Path,
+    socket_path: str,
     *,
     sharers: int = 1,
     kv_folder: str = "",
@@ -67,7 +67,7 @@ def plan(
     return Launch(
         model_path=str(path),
         model_name=name,
-        socket_path=str(socket_path),
+        socket_path=socket_path,
         parent_pid=os.getpid(),
         slots=slots,
         threads=settings.threads or max(spare_threads() // sharers, 1),

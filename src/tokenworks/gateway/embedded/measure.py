@@ -9,7 +9,6 @@ import contextlib
 import http.client
 import platform
 import signal
-import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
@@ -24,9 +23,10 @@ from tokenworks.catalog import models
 from tokenworks.catalog.book import Catalog, catalog
 from tokenworks.errors import UserError
 from tokenworks.gateway import remote
+from tokenworks.gateway.address import Address, socket_folder, socket_in
 from tokenworks.gateway.embedded.launch import cores, memory_bytes, plan, spare_threads
 from tokenworks.gateway.embedded.supervisor import supervised
-from tokenworks.gateway.engine import Address, Engine
+from tokenworks.gateway.engine import Engine
 from tokenworks.gateway.settings import EngineSettings
 from tokenworks.gateway.traits import EMBEDDED
 from tokenworks.model import from_gguf
@@ -118,8 +118,8 @@ async def _rates(path: Path, name: str, header: Gguf, say: Say) -> Rates:
 @contextlib.asynccontextmanager
 async def _engine(path: Path, name: str, header: Gguf) -> AsyncIterator[Engine]:
     """The engine; its process is there as long as the block is."""
-    with tempfile.TemporaryDirectory(prefix="tokenworks-", ignore_cleanup_errors=True) as folder:
-        launch = plan(path, name, header, _SETTINGS, Path(folder) / "engine.sock")
+    with socket_folder() as folder:
+        launch = plan(path, name, header, _SETTINGS, socket_in(folder, name))
         engine = Engine(name, EMBEDDED, Address(path=launch.socket_path), slots=launch.slots)
         supervisor = supervised(engine, launch, lambda: None)
         try:

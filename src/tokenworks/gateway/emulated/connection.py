@@ -65,8 +65,8 @@ class Connection(asyncio.Protocol):
         is_resting = not (self._is_busy or self._is_within)
         if is_resting:
             known = self._head.find(data)
-            if known is not None and len(data) == known[1] + known[2]:
-                self._answer(_Message(b"POST", known[0], data[known[1] :], True))
+            if known is not None:
+                self._answer(_Message(b"POST", known[0], known[1], True))
                 return
         self._fresh = data if is_resting else None
         try:

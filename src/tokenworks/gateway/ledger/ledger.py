@@ -201,7 +201,6 @@ def _orphan(admitted: Admitted) -> Row:
         key=admitted.key,
         model=admitted.model,
         route=admitted.route,
-        asked=admitted.service_class,
         service_class=admitted.service_class,
         outcome="failed",
         reason="gateway_restart",

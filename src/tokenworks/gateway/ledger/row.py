@@ -30,8 +30,7 @@ class Row(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     key: str = ""  # the key's id, not its secret
     model: str = ""
     route: str = ""
-    asked: str = "standard"  # the class that was asked for
-    service_class: str = "standard"  # the class that was really used
+    service_class: str = "standard"
     outcome: Literal["finished", "rejected", "cancelled", "failed"] = "finished"
     reason: str = ""
     status: int = 200
@@ -97,29 +96,23 @@ def receipt(row: Row) -> dict[str, Any]:
 
     As with Groq, `total_time` is without the time in the queue.
     """
-    begun_ns = max(row.queue_ns, 0)
-    has_first = row.ttft_ns >= 0
-    promised = row.promise_ttft_ns >= 0 or row.promise_tpot_ns >= 0
+    times = in_usage(row)
+    promise, was_kept = times.pop("promise"), times.pop("kept")
     found: dict[str, Any] = {
         "prompt_tokens": row.prompt_tokens,
         "completion_tokens": row.output_tokens,
         "total_tokens": row.prompt_tokens + row.output_tokens,
         "prompt_tokens_details": {"cached_tokens": row.cached_tokens},
-        "queue_time": _s(row.queue_ns),
-        "prompt_time": _s(row.ttft_ns - begun_ns if has_first else NONE),
-        "completion_time": _s(row.total_ns - row.ttft_ns if has_first else NONE),
-        "total_time": _s(row.total_ns - begun_ns if row.total_ns >= 0 else NONE),
-        "energy_j": row.energy_j if row.energy_grade else None,
-        "energy_grade": row.energy_grade or None,
+        **times,
         "usd": row.usd,
         "service_tier": TIERS.get(row.service_class, row.service_class),
-        "promise": _promise(row) if promised else None,
+        "promise": promise,
         "actual": {
             "ttft_s": _s(row.ttft_ns),
             "tpot_s": _s(tpot_ns(row)),
             "e2e_s": _s(row.total_ns),
         },
-        "kept": kept(row),
+        "kept": was_kept,
         "id": row.id,
         "created": row.unix_ns // NS_PER_S,
         "model": row.model,
@@ -127,7 +120,6 @@ def receipt(row: Row) -> dict[str, Any]:
         "reason": row.reason or None,
         "status": row.status,
         "service_class": row.service_class,
-        "asked_class": row.asked,
         "replica": row.replica or None,
         "processor": row.processor or None,
         "tokens_counted_by": "engine" if row.counted else "gateway",
@@ -141,6 +133,23 @@ def receipt(row: Row) -> dict[str, Any]:
     if row.batch:
         found["batch"] = row.batch
     return found
+
+
+def in_usage(row: Row) -> dict[str, Any]:
+    """What of the receipt an answer's usage says, too."""
+    begun_ns = max(row.queue_ns, 0)
+    has_first = row.ttft_ns >= 0
+    promised = row.promise_ttft_ns >= 0 or row.promise_tpot_ns >= 0
+    return {
+        "queue_time": _s(row.queue_ns),
+        "prompt_time": _s(row.ttft_ns - begun_ns if has_first else NONE),
+        "completion_time": _s(row.total_ns - row.ttft_ns if has_first else NONE),
+        "total_time": _s(row.total_ns - begun_ns if row.total_ns >= 0 else NONE),
+        "energy_j": row.energy_j if row.energy_grade else None,
+        "energy_grade": row.energy_grade or None,
+        "promise": _promise(row) if promised else None,
+        "kept": kept(row),
+    }
 
 
 def _promise(row: Row) -> dict[str, Any]:
