@@ -18,15 +18,16 @@ from tokenworks.catalog.book import Catalog, catalog
 from tokenworks.catalog.models import model
 from tokenworks.lpu import compile as compiler
 from tokenworks.lpu import graph, program
-from tokenworks.lpu.chip import chip
+from tokenworks.lpu.chip import Chip, chip
 from tokenworks.lpu.graph import Sizes
 from tokenworks.lpu.machine import Machine
-from tokenworks.lpu.sliced import Sliced, sliced
-from tokenworks.lpu.timing import timing
+from tokenworks.lpu.pipeline import pipeline, timed_share
+from tokenworks.lpu.timing import is_sum, timing
 from tokenworks.lpu.verify import verify
 from tokenworks.model.tensors import Tensors
 
 LLAMA_70B = Sizes(80, 8192, 64, 8, 128, 28672, 32000, 1e-5, 1e4, 4096)
+GROUP, CHIPS, CONTEXT = 8, 640, 1024
 PUBLISHED = (240, 300)  # tokens/s/user on 576 chips (facts C1)
 HBM_BYTES_PER_S = 3.35e12  # one H100's
 SYNC_NS = (500, 3000)  # between dependent operators where units wait for one another at run time
@@ -65,16 +66,30 @@ def machine() -> None:
         begun = time.perf_counter()
 
 
-def told(found: Sliced) -> None:
-    layer = found.layer
-    print(f"Llama-2-70B int8, {found.chips} chips, context 1,024: cycles of one layer")
-    terms = ("installs", "waiting", "sums", "hop")
-    for term in terms:
-        value = getattr(found, term)
+def told(here: Chip) -> None:
+    one = timed_share(here, LLAMA_70B, GROUP, tuple(compiler.buckets(here, CONTEXT)))
+    assert one is not None
+    whole = sum(each.cycles for each in one.layers[-1])
+    terms = {
+        "installs": sum(each.loads for each in one.layers[-1]),
+        "sums": sum(each.cycles for each in one.layers[-1] if is_sum(each.name)),
+        "hop": sum(each.cycles for each in one.hop),
+    }
+    terms["waiting"] = whole - terms["installs"] - terms["sums"]
+    layer, head = sum(terms.values()), sum(each.cycles for each in one.head)
+    print(f"Llama-2-70B int8, {CHIPS} chips, context {CONTEXT:,}: cycles of one layer")
+    for term, value in terms.items():
         print(f"  {term:9} {value:7,} {value / layer:6.1%}")
-    bound = found.clock_hz / (found.installs * found.layers)
-    print(f"  layer     {layer:7,}; head {found.head:,}; {found.tokens_per_s:,.0f} tokens/s/user")
+    bound = here.clock_hz / (terms["installs"] * LLAMA_70B.layers)
+    speeds = ", ".join(f"{speed(here, chips):,.0f} on {chips} chips" for chips in (CHIPS, 576))
+    print(f"  layer     {layer:7,}; head {head:,}; tokens/s/user: {speeds}")
     print(f"  bound by installs alone: {bound:,.0f}; published {PUBLISHED[0]} to {PUBLISHED[1]}")
+
+
+def speed(here: Chip, chips: int, waits: float = 0.0) -> float:
+    """Tokens/s for one user, who waits so many seconds a token besides."""
+    cycles = pipeline(here, LLAMA_70B, chips).paces[-1].cycles
+    return 1 / (cycles / here.clock_hz + waits)
 
 
 def ablation(known: Catalog) -> list[tuple[str, float]]:
@@ -85,13 +100,11 @@ def ablation(known: Catalog) -> list[tuple[str, float]]:
     hbm = chip(known.with_set(f"processor.groq-lpu-v1.units.install_cycles={slow}"))
     rows = []
     for name, one in (("SRAM", here), ("HBM", hbm)):
-        found = sliced(one, LLAMA_70B, "llama-2-70b", 8, 1024)
-        rows.append((f"{name}, static", found.tokens_per_s))
+        rows.append((f"{name}, static", speed(one, CHIPS)))
         for sync in SYNC_NS:
             # Two sums over the group wait for the slowest chip, too.
-            waits = (OPERATORS + 2) * found.layers * sync * 1e-9
-            rate = 1 / (found.cycles / found.clock_hz + waits)
-            rows.append((f"{name}, waiting {sync / 1000:g} µs", rate))
+            waits = (OPERATORS + 2) * LLAMA_70B.layers * sync * 1e-9
+            rows.append((f"{name}, waiting {sync / 1000:g} µs", speed(one, CHIPS, waits)))
     return rows
 
 
@@ -111,7 +124,7 @@ def chart(rows: list[tuple[str, float]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {height}" width="640"'
         f' height="{height}" font-family="system-ui, sans-serif" font-size="12">'
         f'<rect width="640" height="{height}" fill="white"/>'
-        '<text x="8" y="20" font-weight="bold">Llama-2-70B, 640 chips: tokens/s/user</text>'
+        f'<text x="8" y="20" font-weight="bold">Llama-2-70B, {CHIPS} chips: tokens/s/user</text>'
         f"{''.join(bars)}</svg>\n"
     )
 
@@ -124,7 +137,7 @@ def main() -> None:
     if not asked.no_model:
         machine()
     known = catalog()
-    told(sliced(chip(known), LLAMA_70B, "llama-2-70b", 8, 1024))
+    told(chip(known))
     rows = ablation(known)
     for name, rate in rows:
         print(f"  {name:20} {rate:6,.0f} tokens/s/user")

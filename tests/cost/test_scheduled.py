@@ -14,8 +14,7 @@ from tokenworks.cost.scheduled import Scheduled, sizes_of
 from tokenworks.errors import UserError
 from tokenworks.lpu.compile import DEFAULT_CONTEXT, schedule_only
 from tokenworks.lpu.machine import Machine
-from tokenworks.lpu.pipeline import pipeline
-from tokenworks.lpu.sliced import sliced
+from tokenworks.lpu.pipeline import LINKS, TILES, pipeline
 from tokenworks.lpu.timing import operators, segment_cycles, token_cycles
 from tokenworks.model import config, library
 from tokenworks.model.shape import Shape
@@ -74,12 +73,16 @@ def test_the_share_that_is_reached_divides_the_schedules_speed() -> None:
     assert half.step(Batch((5,))).time_ps == pytest.approx(2 * whole.time_ps, abs=1)
 
 
-def test_a_large_model_takes_what_its_sliced_layer_does() -> None:
-    sizes = sizes_of(library.shape("llama-2-70b"))
-    found = sliced(made.lpu(), sizes, "llama-2-70b", 8, 1024, 7.2)
-    assert found.chips == 576
-    assert cycles(llama(576), Batch((1023,))) == pytest.approx(found.cycles, abs=1e-3)
+def test_more_chips_share_a_layers_work_but_not_what_they_exchange() -> None:
+    eight, fewer = (llama(chips).pipeline.paces[-1] for chips in (640, 576))
+    assert cycles(llama(576), Batch((1023,))) == pytest.approx(fewer.cycles, abs=1e-3)
     assert llama(576).stages == 80
+    on_eight, on_fewer = ({of.name: of.cycles for of in each.operators} for each in (eight, fewer))
+    same = {"out sums", "down sums", "send", "receive", LINKS, TILES}
+    assert same < on_eight.keys()
+    for name, spent in on_eight.items():
+        more = 1 if name in same else 8 / 7.2
+        assert on_fewer[name] == pytest.approx(spent * more, abs=80)
 
 
 def test_a_schedule_is_made_once_for_all_placements_alike() -> None:
@@ -138,8 +141,10 @@ def test_more_is_never_faster() -> None:
         assert now > 0.999 * before
         before = now
     # A full pipeline's turns are as long as those that read prompts.
-    assert prepared.step(Batch.of(1, 1279)).time_ps < prepared.turn_ps(1, 1280)
-    assert prepared.turn_ps(1, 1280) <= 1.125 * prepared.step(Batch.of(1, 1279)).time_ps
+    for each in (prepared, on(shape(), 1)):
+        alone = each.step(Batch.of(1, 1279)).time_ps
+        assert alone <= each.turn_ps(1, 1280) <= 1.125 * alone
+        assert each.micro_chunk_tokens == 1 or each.turn_ps(1, 1280) > alone
     read = prepared.step(Batch((), (Chunk(2048),))).time_ps
     assert 0 < read < prepared.step(Batch((), (Chunk(2048, 2048),))).time_ps
 
@@ -180,9 +185,10 @@ def test_what_cannot_be_scheduled_is_taken_analytically_and_says_so(
 
 
 def test_one_chip_more_never_makes_a_token_slower() -> None:
-    sizes = sizes_of(library.shape("llama-2-70b"))
-    ways = [pipeline(made.lpu(), sizes, chips) for chips in (560, 576, 640, 656, 960, 1280)]
-    assert [(each.group, each.chips) for each in ways[:4]] == [(8, 7), (8, 7.2), (8, 8), (8, 8)]
+    """Beyond eight to a layer they are idle: no schedule joins the next larger group, of 16."""
+    ways = [llama(chips).pipeline for chips in (560, 576, 640, 656, 1280)]
+    shared = [(each.group, each.chips) for each in ways]
+    assert shared == [(8, 7), (8, 7.2), (8, 8), (8, 8), (8, 8)]
     spent = [each.paces[-1].cycles for each in ways]
     assert spent == sorted(spent, reverse=True)
 

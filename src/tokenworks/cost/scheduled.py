@@ -212,7 +212,8 @@ def _bound(each: timing.Operator, rows: int) -> str:
         return "weights" if each.loads >= rows * each.row else "compute"
     if each.name in _ATTENTION:
         return "kv"
-    return "link" if each.name in (LINKS, "send", "receive") else "host"
+    is_link = each.name in (LINKS, "send", "receive") or timing.is_sum(each.name)
+    return "link" if is_link else "host"
 
 
 def _most(parts: list[Part]) -> str:

@@ -115,11 +115,11 @@ class Stage:
             home = other.lowering.buffers[name]
             buffer.slice, buffer.addr = home.slice, home.addr
 
-    def schedule(self, *, with_head: bool = True) -> tuple[Segment, ...]:
-        """All segments in exact time; without the head where only layers are wanted."""
+    def schedule(self, *names: str) -> tuple[Segment, ...]:
+        """All segments in exact time; or only those of some `names`."""
         made = []
         for name, stamps, passes in self.segments:
-            if name == "head" and not with_head:
+            if names and name not in names:
                 continue
             schedule = Schedule(self.chip, stamps)
             schedule.run(passes)

@@ -1,8 +1,9 @@
 """What a token takes on a pipeline of chips: timed from one scheduled chip of each kind.
 
 Where a chip holds whole layers this is the program that `compile` makes, to the cycle. Where chips
-share each layer it is one chip's share, scheduled, and the sums and hops of `sliced`. More tokens
-at once than the schedule has (one) are counted from what they add to the busiest unit.
+share each layer, one chip's share of one layer is scheduled, with all that the group exchanges, and
+counts for all layers. More tokens at once than the schedule has (one) are counted from what they
+add to the busiest unit.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,9 +19,10 @@ from tokenworks.lpu import lower
 from tokenworks.lpu.chip import Chip
 from tokenworks.lpu.compile import DEFAULT_CONTEXT, Cut, Stage, buckets, placed, words_of
 from tokenworks.lpu.graph import Sizes
+from tokenworks.lpu.group import Cables, share
 from tokenworks.lpu.place import Full
-from tokenworks.lpu.sliced import Part, part, share, terms
-from tokenworks.lpu.timing import Operator, operators, segment_cycles
+from tokenworks.lpu.program import Segment
+from tokenworks.lpu.timing import Operator, is_sum, operators, segment_cycles
 
 # What takes time beside the operators: the way between chips, the last tile's lag.
 LINKS, TILES = "links", "tiles"
@@ -34,7 +36,7 @@ class Pace(msgspec.Struct, frozen=True):
 
     tokens: int
     cycles: int
-    operators: tuple[Operator, ...]  # of which `cycles` is the sum, but for rounding
+    operators: tuple[Operator, ...]  # of which `cycles` is the sum
     slowest: float
 
     def more(self, rows: int) -> int:
@@ -81,9 +83,8 @@ def _whole(chip: Chip, sizes: Sizes, devices: int, blocks: list[int]) -> Pipelin
         for same, times in stages:
             segments = same[number].schedule()
             slowest = max(slowest, sum(segment_cycles(chip, each) for each in segments))
-            ways += [_scaled(each, times) for s in segments for each in operators(chip, s)]
-        cycles = sum(each.cycles for each in ways)
-        paces.append(Pace(count * chip.lanes, cycles, _merged(ways), slowest))
+            ways += [_scaled(each, times) for each in _operators(chip, segments)]
+        paces.append(Pace(count * chip.lanes, _cycles(ways), _merged(ways), slowest))
     return Pipeline(devices, 1, 1.0, tuple(paces))
 
 
@@ -95,18 +96,18 @@ def _shared(chip: Chip, sizes: Sizes, devices: int, blocks: list[int]) -> Pipeli
     either, as many groups as there are of the smallest that can be scheduled share the layers.
     """
     average = devices / sizes.layers
-    groups = list(_shares(chip, sizes))
+    groups = list(_groups(chip, sizes))
     keys = ceil(sizes.kv_heads / average) * sizes.head_dim
     is_average = average >= 1 and keys <= chip.lanes
     found: list[Pipeline] = []
-    for group, own in [each for each in groups if each[0] <= average][-1:]:
-        one = _one(chip, own, tuple(blocks))
+    for group in [each for each in groups if each <= average][-1:]:
+        one = timed_share(chip, sizes, group, tuple(blocks))
         if one is not None:
             found.append(_grouped(chip, sizes, one, group, float(group), sizes.layers))
-    for group, own in [each for each in groups if each[0] > average]:
+    for group in [each for each in groups if each > average]:
         if found and (found[0].chips == average or not is_average):
             break
-        one = _one(chip, own, tuple(blocks))
+        one = timed_share(chip, sizes, group, tuple(blocks))
         if one is None:
             is_average = False
             continue
@@ -117,77 +118,91 @@ def _shared(chip: Chip, sizes: Sizes, devices: int, blocks: list[int]) -> Pipeli
         break
     if not found:
         raise UserError(
-            f"no schedule shares the layers among {devices} {chip.name}", "Use more devices."
+            f"no schedule shares the layers among {devices} {chip.name}, of which links join"
+            f" {chip.links // 2 + 1} at most",
+            "Try another number of devices.",
         )
     return min(found, key=lambda each: each.paces[-1].cycles)
 
 
-def _shares(chip: Chip, sizes: Sizes) -> Iterator[tuple[int, Sizes]]:
-    """Groups of chips that can share a layer evenly, and each chip's share."""
+def _groups(chip: Chip, sizes: Sizes) -> Iterator[int]:
+    """How many chips can share a layer: evenly, each with links to all others."""
     for group in range(1, sizes.heads + 1):
         try:
-            own = share(sizes, group, chip.lanes)
-            lower.check(chip, own)
+            lower.check(chip, share(sizes, group, chip.lanes))
+            Cables(chip, group)
         except UserError:
             continue
-        yield group, own
+        yield group
 
 
-class _One(NamedTuple):
-    """One chip's share in all buckets: context in tokens, its parts, and their operators."""
+class Share(NamedTuple):
+    """One chip's share, scheduled: a layer in each bucket, the head, the way to the next group."""
 
-    tokens: tuple[int, ...]
-    parts: tuple[Part, ...]
+    tokens: tuple[int, ...]  # of each bucket
     layers: tuple[tuple[Operator, ...], ...]
     head: tuple[Operator, ...]
+    hop: tuple[Operator, ...]
 
 
 @lru_cache(maxsize=64)
-def _one(chip: Chip, own: Sizes, blocks: tuple[int, ...]) -> _One | None:
-    """A share, scheduled once whatever the pipeline around it; None where it doesn't fit.
+def timed_share(chip: Chip, sizes: Sizes, group: int, blocks: tuple[int, ...]) -> Share | None:
+    """What one of `group` chips does, whatever the pipeline around it; None where it doesn't fit.
 
-    Layer and head are placed on one chip, as `sliced` does, or on chips of their own.
+    Its one layer has others before and behind it. The head is placed apart. UserError where layers
+    can't be shared so, or the compiler finds no schedule.
     """
+    own = share(sizes, group, chip.lanes)
     try:
-        heads = stages = _placed(chip, own, blocks)
+        stages = _placed(chip, replace(own, layers=3, vocab=1), group, 1, blocks)
+        (end,) = _placed(chip, replace(own, layers=1, inner=1), group, 0, blocks[:1])
     except Full:
-        try:
-            stages = _placed(chip, replace(own, vocab=1), blocks)
-            heads = _placed(chip, replace(own, inner=1), blocks[:1])
-        except Full:
-            return None
-    layers = [stage.schedule(with_head=False)[0] for stage in stages[:-1]]
-    longest, head = stages[-1].schedule()
-    layers.append(longest)
-    if heads is not stages:
-        head = heads[-1].schedule()[-1]
-    return _One(
+        return None
+    handing = stages[0].schedule("receive", "send")
+    return Share(
         tuple(count * chip.lanes for count in blocks),
-        tuple(part(chip, layer, head) for layer in layers),
-        tuple(tuple(operators(chip, layer)) for layer in layers),
-        tuple(operators(chip, head)),
+        tuple(tuple(_operators(chip, stage.schedule("layer"))) for stage in stages),
+        tuple(_operators(chip, end.schedule("head"))),
+        (*_operators(chip, handing), _of(LINKS, chip.link_cycles)),
     )
 
 
-def _placed(chip: Chip, own: Sizes, blocks: Sequence[int]) -> list[Stage]:
-    words = words_of(chip, own, blocks[-1])
+def _placed(chip: Chip, own: Sizes, group: int, index: int, blocks: Sequence[int]) -> list[Stage]:
+    """A chip of a pipeline that has a layer at each place."""
+    words = words_of(chip, replace(own, layers=1), blocks[-1])
     if words > chip.slices * chip.words:
         raise Full(words)
-    return placed(chip, own, Cut(own, 1), 0, list(blocks))
+    return placed(chip, own, Cut(own, own.layers * group, group), index, list(blocks))
 
 
-def _grouped(chip: Chip, sizes: Sizes, one: _One, group: int, chips: float, count: int) -> Pipeline:
-    """`count` groups of `chips`, each timed as one of `group` chips that does the more work."""
+def _operators(chip: Chip, segments: Iterable[Segment]) -> Iterator[Operator]:
+    return (each for segment in segments for each in operators(chip, segment))
+
+
+def _grouped(
+    chip: Chip, sizes: Sizes, one: Share, group: int, chips: float, count: int
+) -> Pipeline:
+    """`count` groups of `chips`, each timed as one of `group` chips that does the more work; it
+    adds up and hands on the same residual.
+    """
     more = group / chips
+    head = [_scaled(each, more) for each in one.head]
+    handing = 0 if count == 1 else sum(each.cycles for each in one.hop if each.name != LINKS)
     paces = []
-    for tokens, each, layer in zip(one.tokens, one.parts, one.layers, strict=True):
-        found = terms(chip, sizes, group, chips, each)
-        ways = [_scaled(of, more * sizes.layers) for of in layer]
-        ways += [_scaled(of, more) for of in one.head]
-        ways += [_of(LINKS, (found.sums + found.hop) * sizes.layers), _of(TILES, chip.tiles)]
-        slowest = max(found.layer * sizes.layers / count, found.head)
-        paces.append(Pace(tokens, found.cycles, _merged(ways), slowest))
+    for tokens, operators_of in zip(one.tokens, one.layers, strict=True):
+        layer = [
+            _scaled(each, sizes.layers * (1 if is_sum(each.name) else more))
+            for each in operators_of
+        ]
+        ways = [*layer, *head, *(_scaled(each, count - 1) for each in one.hop)]
+        ways.append(_of(TILES, chip.tiles))
+        slowest = max(_cycles(layer) / count + handing, _cycles(head))
+        paces.append(Pace(tokens, _cycles(ways), _merged(ways), slowest))
     return Pipeline(count, group, chips, tuple(paces))
+
+
+def _cycles(ways: Iterable[Operator]) -> int:
+    return sum(each.cycles for each in ways)
 
 
 def _of(name: str, cycles: int) -> Operator:

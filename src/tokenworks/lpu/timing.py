@@ -17,6 +17,11 @@ from tokenworks.lpu.program import Program, Segment
 MATRICES: Final = ("qkv", "out", "gate_up", "down", "head")  # operators that load weights
 
 
+def is_sum(name: str) -> bool:
+    """Whether this operator sends partial sums to the other chips of a group, and gets theirs."""
+    return name.endswith(" sums")
+
+
 class Timing(msgspec.Struct, frozen=True):
     """One token on silicon, in a bucket's worst case, which is every case."""
 
@@ -126,20 +131,22 @@ def operators(chip: Chip, segment: Segment) -> list[Operator]:
     """All operators of a segment, over all stamps; their `cycles` add up to `segment_cycles`."""
     stages: dict[str, int] = defaultdict(int)
     _stages(chip, segment, stages)
-    units = {"LW": chip.planes, "ABC": chip.planes, "VXM": chip.alus, "SXM": 4, "C2C": chip.links}
+    units = {"LW": chip.planes, "ABC": chip.planes, "VXM": chip.alus, "SXM": 4}
     busy: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for each, stage in zip(segment.instructions, segment.stages, strict=True):
         unit = each.op if each.op in units else OPS[each.op].unit
         if unit in units:
-            work = chip.vector_cycles if unit == "C2C" else each.gap
-            busy[stage][unit] += each.n * each.gang * work * segment.stamps
+            busy[stage][unit] += each.n * each.gang * each.gap * segment.stamps
+        elif unit == "C2C":  # each link by itself: all words may go over a few of them
+            for link in range(each.unit, each.unit + each.gang):
+                busy[stage][f"{each.op} {link}"] += each.n * chip.vector_cycles * segment.stamps
     found = []
     for name, cycles in stages.items():
         work_of = busy[name]
         # A plane takes `install_cycles` for a tile, whatever the streams could bring.
         tiles = work_of.pop("LW", 0) * WEIGHT_STREAMS / chip.dim / chip.planes
         loads = ceil(tiles * chip.install_cycles)
-        row = max((ceil(n / units[unit]) for unit, n in work_of.items()), default=0)
+        row = max((ceil(n / units.get(unit, 1)) for unit, n in work_of.items()), default=0)
         if name not in MATRICES:
             row, loads = max(row, loads), 0  # what is loaded is the token's own
         found.append(Operator(name, cycles, loads, row))
