@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.sched.hand import Hand, one, pool
+from tokenworks.sched.messages import Reject
 from tokenworks.sched.promise import Calibrator, Conditional, Drift
 
 Truth = Callable[[int, Random], float]  # of the n-th request: what it really takes, in ms
@@ -187,3 +189,18 @@ def test_what_cannot_be_leaves_it_whole() -> None:
         drift.learn(forecast, actual)
         assert 0 < calibrator.factor < float("inf")
         assert 0 < drift.factor < float("inf")
+
+
+@pytest.mark.parametrize(("tokens", "is_over"), [(60_000, False), (500, True)])
+def test_care_goes_only_where_a_refusal_is_a_sign_of_it(tokens: int, is_over: bool) -> None:
+    """A prompt that nobody could read in time is refused whatever is known; a short one is refused
+    for the care that was learned, which may be over.
+    """
+    hand = Hand(pool(), "[classes.realtime]\nttft_ms = 500\n")
+    calibrator = hand.scheduler.pools["gpu"].ttft
+    for _ in range(200):  # everything took a hundred times as long
+        calibrator.learn(1e6, 1e6, 1e8, 1)
+    before = calibrator.factor
+    for ident in range(5):
+        assert one(hand.come(ident, "realtime", tokens, at_s=30.0 * (ident + 1)), Reject)
+    assert (calibrator.factor < before) is is_over

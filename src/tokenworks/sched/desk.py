@@ -16,7 +16,7 @@ from tokenworks.sched.places import Group, Places
 from tokenworks.sched.pool import Pool
 from tokenworks.sched.power import Power
 from tokenworks.sched.prior import Prior
-from tokenworks.sched.promise import Mean
+from tokenworks.sched.promise import UNKNOWN_FACTOR, Mean
 from tokenworks.sched.promises import Promises
 from tokenworks.sched.replica import Replica
 from tokenworks.sched.scale import Scale
@@ -97,7 +97,7 @@ class Desk:
         if found is not None:
             self._take_room(job, found[0], found[1], now_ns)
             return
-        self._doubts = True
+        self._doubts = self._doubts or self._could_keep(job)
         held = self._held_back(job, now_ns)
         if held:
             can_be = any(self.power.could_allow(o.replica, o.target) for o in held)
@@ -197,6 +197,21 @@ class Desk:
             return False
         self._take_room(job, found[0], found[1], now_ns)
         return True
+
+    def _could_keep(self, job: Job) -> bool:
+        """Whether somebody idle could keep its bounds with the care that is taken of a newcomer (of
+        one that is learned nobody knows). Else its refusal is no sign that too much is taken.
+        """
+        ttft_ns, tpot_ns = job.ttft_bound_ns, job.tpot_bound_ns
+        return any(
+            each.learned is not None
+            or ttft_ns is None
+            or each.forecast.alone(job.read_tokens)[0] * UNKNOWN_FACTOR <= ttft_ns
+            for each in (*job.group.whole, *job.group.readers)
+        ) and any(
+            each.learned is not None or tpot_ns is None or each.lone_ns * UNKNOWN_FACTOR <= tpot_ns
+            for each in (*job.group.whole, *job.group.writers)
+        )
 
     def _take_room(self, job: Job, offer: Offer, gone: list[Job], now_ns: int) -> None:
         for other in gone:

@@ -18,11 +18,13 @@ from typing import Final
 _WINDOW: Final = 500
 _FEW: Final = 25  # scores below which a forecast is hardly known: the prior margin at least
 _PRIOR: Final = 0.4  # log of the factor on a forecast that nothing is known about
+UNKNOWN_FACTOR: Final = exp(_PRIOR)
 _RATE: Final = 0.5  # of the correction, for one promise at a time and `_EASE` more
 _EASE: Final = 20
 _RELAX: Final = 0.9
 _CARE: Final = 0.15
-_ENOUGH: Final = 100  # scores for a condition of its own
+_ENOUGH: Final = 100  # scores for a condition of its own, and
+_BEYOND: Final = 2  # so many of them above what it promises
 _MOST: Final = 1.5  # how far the correction goes
 _COARSE: Final = 0.4  # steps of logarithms that tell slow replicas from others
 _LEARN: Final = 0.06  # weight of a new score in the running mean
@@ -46,7 +48,7 @@ class Calibrator:
         self._sorted: list[float] = []
         self._low, self._share = -1, 0.0  # between which two of these the quantile is, and where
         self._known = _PRIOR
-        self.factor = exp(_PRIOR)  # what to multiply a forecast by
+        self.factor = UNKNOWN_FACTOR  # what to multiply a forecast by
         self.aim(confidence)
 
     def aim(self, confidence: float) -> None:
@@ -57,7 +59,7 @@ class Calibrator:
 
     def _find(self, count: int) -> None:
         """Where the quantile is among so many scores."""
-        self.is_known = count >= _ENOUGH
+        self.is_known = count >= _ENOUGH and count * (1.0 - self.target) >= _BEYOND
         at = self.target * (count + 1) - 1
         self._low = -1 if at >= count - 1 else max(int(at), 0)  # -1: it is the last
         self._share = 0.0 if self._low < 0 else at - self._low
