@@ -143,7 +143,7 @@ def test_more_is_never_faster() -> None:
     # A full pipeline's turns are as long as those that read prompts.
     for each in (prepared, on(shape(), 1)):
         alone = each.step(Batch.of(1, 1279)).time_ps
-        assert alone <= each.turn_ps(1, 1280) <= 1.125 * alone
+        assert alone <= each.turn_ps(1, 1280) <= 1.5 * alone
         assert each.micro_chunk_tokens == 1 or each.turn_ps(1, 1280) > alone
     read = prepared.step(Batch((), (Chunk(2048),))).time_ps
     assert 0 < read < prepared.step(Batch((), (Chunk(2048, 2048),))).time_ps

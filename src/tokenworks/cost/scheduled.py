@@ -25,7 +25,7 @@ from tokenworks.units import PS_PER_S
 
 _ATTENTION = ("cache", "scores", "softmax", "mix")
 _MATRICES = {"q", "k", "v", "o", "gate_up", "down"}
-_LENGTHENS = 8  # a pass is longer by a part of this at most for the prompts it reads
+_LENGTHENS = 2  # a pass is longer by a part of this at most for the prompts it reads
 
 
 class Scheduled(Static):
@@ -144,7 +144,7 @@ class Scheduled(Static):
 
     @property
     def micro_chunk_tokens(self) -> int:
-        """Rows of a prompt that lengthen a pass by an eighth at most, and one at least."""
+        """Rows of a prompt that lengthen a pass by half at most, and one at least."""
         pace = self.pipeline.paces[-1]
         return max(1 + int(pace.cycles / _LENGTHENS / max(pace.more(2), 1)), 1)
 
