@@ -23,8 +23,7 @@ _RATE: Final = 0.5  # of the correction, for one promise at a time and `_EASE` m
 _EASE: Final = 20
 _RELAX: Final = 0.9
 _CARE: Final = 0.15
-_ENOUGH: Final = 100  # scores for a condition of its own, and
-_BEYOND: Final = 2  # so many of them above what it promises
+_ENOUGH: Final = 100  # scores for a condition of its own
 _MOST: Final = 1.5  # how far the correction goes
 _COARSE: Final = 0.4  # steps of logarithms that tell slow replicas from others
 _LEARN: Final = 0.06  # weight of a new score in the running mean
@@ -59,7 +58,7 @@ class Calibrator:
 
     def _find(self, count: int) -> None:
         """Where the quantile is among so many scores."""
-        self.is_known = count >= _ENOUGH and count * (1.0 - self.target) >= _BEYOND
+        self.is_known = count >= _ENOUGH
         at = self.target * (count + 1) - 1
         self._low = -1 if at >= count - 1 else max(int(at), 0)  # -1: it is the last
         self._share = 0.0 if self._low < 0 else at - self._low
