@@ -1,7 +1,7 @@
 """A model's folder in Hugging Face's form: config.json, tokenizer.json, safetensors."""
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
@@ -11,8 +11,6 @@ from tokenworks.model import tokenizer_json
 from tokenworks.model.checkpoint import Checkpoint
 from tokenworks.model.safetensors import Safetensors, SafetensorsError
 from tokenworks.model.tokens import Vocabulary
-
-_MOST_BYTES: Final = 1 << 36
 
 
 def read(folder: Path) -> tuple[Checkpoint, Vocabulary]:
@@ -26,7 +24,10 @@ def read(folder: Path) -> tuple[Checkpoint, Vocabulary]:
         settings["chat_template"] = text
     try:
         weights = Safetensors(
-            {path.name: store.read_bytes(path, "weights", _MOST_BYTES) for path in _files(folder)}
+            {
+                path.name: store.read_bytes(path, "weights", store.MODEL_BYTES)
+                for path in _files(folder)
+            }
         )
     except SafetensorsError as error:
         raise UserError(f"{folder}: {error}", "Fetch the file again.") from None

@@ -20,6 +20,7 @@ from tokenworks.model import gguf
 # Called with what is being done, bytes done and bytes in all.
 Progress = Callable[[str, int, int], None]
 
+MODEL_BYTES: Final = 1 << 36  # that a model or a program is read up to
 _BLOCK_BYTES: Final = 1 << 20
 
 

@@ -3,7 +3,7 @@
 import codecs
 import time
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import cyclopts
 import msgspec
@@ -38,7 +38,6 @@ lpu = cyclopts.App(
     help="Compile a model for deterministic processors, to the cycle, and run it.\n\n"
     "Example: tokenworks lpu compile smollm2-135m-instruct --out smollm2.lpu",
 )
-MOST_BYTES: Final = 1 << 36
 Out = Annotated[Path, Parameter(help="The file to write.")]
 
 
@@ -291,7 +290,7 @@ def _source(model: str) -> tuple[str, Tensors | Checkpoint, Vocabulary]:
         return (folder.resolve().name, *checkpoint.read(folder))
     path = _model_path(model)
     header = store.read_header(path)
-    raw = store.read_bytes(path, "the model", MOST_BYTES)
+    raw = store.read_bytes(path, "the model", store.MODEL_BYTES)
     name = path.name.removesuffix(".gguf")
     return name, Tensors(header, raw), vocabulary(header, raw, name)
 
@@ -306,7 +305,7 @@ def _model_path(name: str) -> Path:
 
 
 def _open(file: Path) -> Loaded:
-    return program.decode(store.read_bytes(file, "the program", MOST_BYTES), str(file))
+    return program.decode(store.read_bytes(file, "the program", store.MODEL_BYTES), str(file))
 
 
 __all__ = ["lpu"]

@@ -16,6 +16,7 @@ from tokenworks.lpu.graph import Sizes
 from tokenworks.lpu.parts import MOST, SWAP, Parts, Tail
 from tokenworks.lpu.passes import Buffer, Node, Operand, Pass, Read, Store
 
+_INT8_MOST = float(numerics.WEIGHT_MOST)
 SHORTEST_WAY = 21  # cycles from a slice through four vector operations and back, at the least
 
 
@@ -110,27 +111,10 @@ class Lowering(Parts):
         p.store(p.op("PEAK", p.op("ABS", Read(source), n=source.n), window=source.n), peak)
         return peak
 
-    def scale8(self, source: Buffer, name: str) -> tuple[Buffer, Buffer]:
-        """The scale of int8 for one vector, and its inverse."""
-        scale, inverse = (
-            self.buffer(f"{name}.scale", "f32", 1),
-            self.buffer(f"{name}.inv", "f32", 1),
-        )
-        most = float(numerics.WEIGHT_MOST)
-
-        def tail(p: Pass, peak: Node, _row: int) -> None:
-            safe = p.op("MAX", peak, float(numerics.LEAST_PEAK))
-            p.store(p.op("MUL", safe, 1.0 / most), scale)
-            root = p.op("RSQRT", safe)
-            p.store(p.op("MUL", p.op("MUL", root, root), most), inverse)
-
-        self.peak_over_lanes(source, name, tail)
-        return scale, inverse
-
     def keep_keys(self, keys: Buffer) -> Buffer:
         """This token's keys into the cache; the scales of all cached ones."""
         load = self.chip.load_cycles
-        scale, inverse = self.scale8(self.peak(keys, "k"), "k")
+        scale, inverse = self.scale(self.peak(keys, "k"), "k", _INT8_MOST)
         cache = self.buffer("kv.keys", "tile", self.cached * load, "cache", True)
         maps = self.buffer("in.key_maps", "tile", 1, "input")
         p = self.begin("append keys")
@@ -141,7 +125,7 @@ class Lowering(Parts):
     def keep_values(self, values: Buffer) -> Buffer:
         """This token's values into the cache; the scales of all cached ones."""
         s = self.sizes
-        scale, inverse = self.scale8(self.peak(values, "v"), "v")
+        scale, inverse = self.scale(self.peak(values, "v"), "v", _INT8_MOST)
         scales = self.note_scale(scale, "v")
         whole = self.buffer("v.packed", "tile", 1)
         p = self.begin("pack values")

@@ -102,8 +102,10 @@ class Parts:
                 source = self.buffer(f"{name}.{number}", "f32", 1)
                 p.store(total, source)
 
-    def scale(self, source: Buffer, name: str) -> tuple[Buffer, Buffer]:
-        """From a row of magnitudes: the scale of 15 bits, and its inverse."""
+    def scale(self, source: Buffer, name: str, most: float = MOST) -> tuple[Buffer, Buffer]:
+        """From a row of magnitudes: the scale of 15 bits (or of whole numbers up to `most`), and
+        its inverse.
+        """
         scale, inverse = (
             self.buffer(f"{name}.scale", "f32", 1),
             self.buffer(f"{name}.inv", "f32", 1),
@@ -111,9 +113,9 @@ class Parts:
 
         def tail(p: Pass, peak: Node, _row: int) -> None:
             safe = p.op("MAX", peak, float(numerics.LEAST_PEAK))
-            p.store(p.op("MUL", safe, 1.0 / MOST), scale)
+            p.store(p.op("MUL", safe, 1.0 / most), scale)
             root = p.op("RSQRT", safe)
-            p.store(p.op("MUL", p.op("MUL", root, root), MOST), inverse)
+            p.store(p.op("MUL", p.op("MUL", root, root), most), inverse)
 
         self.peak_over_lanes(source, name, tail)
         return scale, inverse
